@@ -1,0 +1,110 @@
+"""What this machine is, and what MLX reaches on it."""
+
+from __future__ import annotations
+
+import html
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+
+import mlx.core as mx
+import psutil
+
+from workbench.blas import Blas, load_blas
+
+REPORTED_PACKAGES = ("mlx", "mlx-lm", "safetensors", "transformers", "jupyterlab", "papermill")
+MATMUL_SIZE = 1024  # rows and columns of the measured product
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Device, BLAS, measured speed, memory and versions; shows itself as text and as HTML."""
+
+    device: str
+    blas: Blas
+    float32_gflops: float  # measured, 1024 × 1024 × 1024
+    cores: int
+    total_bytes: int  # memory of the machine
+    available_bytes: int
+    versions: dict[str, str]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, value) pairs, in the order in which they are shown."""
+        blas = f"{self.blas.name} ({self.blas.source})"
+        memory = f"{self.available_bytes / 1e9:.1f} GB free of {self.total_bytes / 1e9:.1f} GB"
+        rows = [
+            ("device", f"{self.device}, {self.cores} cores"),
+            ("BLAS", blas),
+            ("float32 matmul", f"{self.float32_gflops:.0f} GFLOP/s measured"),
+            ("memory", memory),
+            ("versions", ", ".join(f"{name} {v}" for name, v in self.versions.items())),
+        ]
+        return [*rows, ("warning", self.blas.warning)] if self.blas.warning else rows
+
+    def __str__(self) -> str:
+        return "\n".join(f"{what:<15} {value}" for what, value in self.rows())
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(what)}</th>"
+            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for what, value in self.rows()
+        )
+        return f"<table>{cells}</table>"
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU (Metal or CUDA) by default."""
+    return mx.default_device().type == mx.gpu
+
+
+def default_dtype() -> mx.Dtype | None:
+    """float32 on a CPU, where only float32 products use the BLAS; None (the file's own) on a GPU."""
+    return None if on_gpu() else mx.float32
+
+
+def default_cache_limit() -> int:
+    """Bytes that MLX may keep for reuse between steps: a third of the memory, at most 8 GB."""
+    return min(8_000_000_000, psutil.virtual_memory().total // 3)
+
+
+def measure_matmul(size: int = MATMUL_SIZE, seconds: float = 0.3) -> float:
+    """Float32 matrix product speed in GFLOP/s: the median of the runs that fit into `seconds`."""
+    a, b = mx.random.normal((2, size, size), key=mx.random.key(0))
+    mx.eval(a, b, a @ b)
+    durations: list[float] = []
+    while not durations or sum(durations) < seconds:
+        start = time.perf_counter()
+        mx.eval(a @ b)
+        durations.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(durations) / 1e9
+
+
+def describe_backend() -> Backend:
+    """Measure and describe the machine that MLX runs on; takes about half a second."""
+    memory = psutil.virtual_memory()
+    versions = {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}
+    return Backend(
+        device=_device_name(),
+        blas=load_blas(),
+        float32_gflops=measure_matmul(),
+        cores=_usable_cores(),
+        total_bytes=memory.total,
+        available_bytes=memory.available,
+        versions={"python": platform.python_version(), **versions},
+    )
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _device_name() -> str:
+    kind = "GPU" if on_gpu() else "CPU"
+    name = str(mx.device_info().get("device_name", "")) or platform.processor()
+    return f"{kind} {name or platform.machine()}"

@@ -1,0 +1,62 @@
+"""Errors for users: what happened, where, and the cure."""
+
+from __future__ import annotations
+
+
+class WorkbenchError(ValueError):
+    """Base of every error that a user of the workbench can cause or cure.
+
+    Args:
+        what: one clause that names the thing that is wrong.
+        where: the file, line, tensor or field it was found in.
+        cure: what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: object = "", cure: str = ""):
+        self.what, self.where, self.cure = what, str(where), cure
+        message = f"{self.where}: {what}" if self.where else what
+        super().__init__(f"{message}. {cure}" if cure else message)
+
+    def __reduce__(self):
+        rebuild = _rebuild, (type(self), self.what, self.where, self.cure)
+        return rebuild
+
+
+def _rebuild(kind: type[WorkbenchError], what: str, where: str, cure: str) -> WorkbenchError:
+    return kind(what, where=where, cure=cure)
+
+
+class ConfigError(WorkbenchError):
+    """A setting or a model's config.json is missing, out of range or unsupported."""
+
+
+class SourceError(WorkbenchError):
+    """A model's name or place does not lead to files."""
+
+
+class FileFormatError(WorkbenchError):
+    """A file is truncated, malformed or not what its name says."""
+
+
+class WeightsError(WorkbenchError):
+    """The tensors of a file and the parameters of a network do not fit together."""
+
+
+class TokenizerError(WorkbenchError):
+    """A tokenizer is missing, unsupported or does not fit its model."""
+
+
+class DataError(WorkbenchError):
+    """A row, or a whole data set, cannot be trained on."""
+
+
+class TrainingError(WorkbenchError):
+    """A training step went wrong; the weights are those before the step."""
+
+
+class RunError(WorkbenchError):
+    """A run folder cannot be used."""
+
+
+class BackendWarning(UserWarning):
+    """MLX will work on this machine, but far below its speed."""

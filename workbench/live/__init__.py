@@ -1,0 +1,1 @@
+"""What a person watches; the only place that knows matplotlib."""

@@ -1,0 +1,242 @@
+"""RoPE, attention and the KV cache: what the networks here share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from workbench.errors import ConfigError, WorkbenchError
+
+CACHE_BLOCK = 256  # positions by which a KV cache grows at least
+
+
+class RotaryEmbedding:
+    """Rotary position embedding in the half-split layout (Su et al. 2021, RoFormer, section 3.4).
+
+    Rotates the pairs (x[i], x[i + dims / 2]) at position p by the angle p · scale / period[i].
+    Holds no parameters; the array of periods stands outside the module tree.
+
+    Args:
+        dims: rotated features of a head.
+        base: `rope_theta`; period[i] = base ** (2 i / dims).
+        max_positions: positions beyond this raise.
+        scaling: the config's `rope_scaling`: none, `linear`, or `llama3`.
+    """
+
+    def __init__(
+        self, dims: int, base: float, max_positions: int, scaling: Mapping[str, object] | None
+    ):
+        self.dims, self.max_positions = dims, max_positions
+        self.periods, self.scale = rope_periods(dims, base, scaling)
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        """Rotate x (B, H, T, D) as the positions [offset : offset + T].
+
+        Raises:
+            WorkbenchError: the positions go beyond `max_positions`.
+        """
+        end = offset + x.shape[-2]
+        if offset < 0 or end > self.max_positions:
+            raise WorkbenchError(
+                f"positions [{offset} : {end}] are outside this model's {self.max_positions}",
+                cure="Shorten the input, or generate fewer tokens.",
+            )
+        return mx.fast.rope(
+            x,
+            self.dims,
+            traditional=False,
+            base=None,
+            scale=self.scale,
+            offset=offset,
+            freqs=self.periods,
+        )
+
+
+def rope_periods(
+    dims: int, base: float, scaling: Mapping[str, object] | None
+) -> tuple[mx.array, float]:
+    """Periods (dims / 2,) and the factor on positions for a config's `rope_scaling`.
+
+    `llama3` follows Meta's reference (Llama 3.1 model card; transformers'
+    `_compute_llama3_parameters`): long wavelengths are stretched by `factor`, short ones kept,
+    those between interpolated.
+
+    Raises:
+        ConfigError: an unknown kind of scaling, or one of its numbers is missing.
+    """
+    periods = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind in ("default", None):
+        return periods, 1.0
+    if kind == "linear":
+        return periods, 1.0 / _scaling_number(scaling, "factor")
+    if kind == "llama3":
+        return _llama3_periods(periods, scaling), 1.0
+    raise ConfigError(
+        f"rope scaling {kind!r} is not supported",
+        where="config.json: rope_scaling",
+        cure="Supported are: default, linear, llama3.",
+    )
+
+
+def _llama3_periods(periods: mx.array, scaling: Mapping[str, object]) -> mx.array:
+    factor = _scaling_number(scaling, "factor")
+    low = _scaling_number(scaling, "low_freq_factor")
+    high = _scaling_number(scaling, "high_freq_factor")
+    context = _scaling_number(scaling, "original_max_position_embeddings")
+    rotations = context / (2 * math.pi * periods)  # full turns within the original context
+    smooth = mx.clip((rotations - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / (factor * periods) + smooth / periods)
+
+
+def _scaling_number(scaling: Mapping[str, object], key: str) -> float:
+    value = scaling.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ConfigError(
+            f"{key} must be a positive number, got {value!r}",
+            where="config.json: rope_scaling",
+        )
+    return float(value)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, in buffers that are allocated ahead.
+
+    Appending writes into the buffer's next positions on the sequence axis; the past is copied
+    only when the buffer doubles, so the cost of a token does not grow with the length.
+
+    Args:
+        capacity: positions to allocate at the first append.
+    """
+
+    def __init__(self, capacity: int = CACHE_BLOCK):
+        self.capacity = capacity
+        self.offset = 0
+        self.keys: mx.array | None = None  # (B, H, capacity, D)
+        self.values: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append keys and values (B, H, T, D); return all of them (B, H, offset + T, D).
+
+        Raises:
+            WorkbenchError: batch, heads, head_dim or length do not fit each other or the past.
+        """
+        self._check(keys, values)
+        end = self.offset + keys.shape[2]
+        self._reserve(keys, values, end)
+        self.keys[..., self.offset : end, :] = keys
+        self.values[..., self.offset : end, :] = values
+        self.offset = end
+        return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def _check(self, keys: mx.array, values: mx.array) -> None:
+        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+            raise WorkbenchError(
+                f"keys {keys.shape} and values {values.shape} must agree in (batch, heads, length)"
+            )
+        if self.keys is None:
+            return
+        for name, new, past in (("keys", keys, self.keys), ("values", values, self.values)):
+            if (new.shape[:2], new.shape[3]) != (past.shape[:2], past.shape[3]):
+                expected = (*past.shape[:2], "any", past.shape[3])
+                raise WorkbenchError(
+                    f"{name} of shape {new.shape} do not continue a cache of "
+                    f"(batch, heads, length, head_dim) = {expected}",
+                    cure="Use a new cache for a new batch.",
+                )
+
+    def _reserve(self, keys: mx.array, values: mx.array, end: int) -> None:
+        held = 0 if self.keys is None else self.keys.shape[2]
+        if end <= held:
+            return
+        length = max(self.capacity, end, 2 * held)
+        self.keys = _grown(self.keys, keys, length, self.offset)
+        self.values = _grown(self.values, values, length, self.offset)
+
+
+def _grown(past: mx.array | None, like: mx.array, length: int, used: int) -> mx.array:
+    B, H, _, D = like.shape
+    buffer = mx.zeros((B, H, length, D), dtype=like.dtype)
+    if past is not None:
+        buffer[..., :used, :] = past[..., :used, :]
+    return buffer
+
+
+def causal_mask(length: int, offset: int = 0, padding: mx.array | None = None) -> mx.array:
+    """Boolean mask: True where a query may see a key.
+
+    Args:
+        length: number of queries T, at positions [offset : offset + T].
+        offset: number of keys before the first query.
+        padding: (B,) number of padding tokens on the left of each row; keys there are hidden.
+
+    Returns:
+        (T, offset + T), or (B, 1, T, offset + T) with padding.
+    """
+    queries = mx.arange(offset, offset + length)[:, None]
+    keys = mx.arange(offset + length)[None, :]
+    mask = keys <= queries
+    if padding is None:
+        return mask
+    visible = keys >= padding[:, None, None, None]
+    # A padding query sees itself: a row with nothing to see would give NaN, and spread it.
+    return (mask & visible) | (keys == queries)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023): each key/value head serves H / KV query heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        dim, head_dim = config.hidden_size, config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.scale = head_dim**-0.5
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(dim, self.num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, self.num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, self.num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * head_dim, dim, bias=bias)
+        self.rope = RotaryEmbedding(
+            head_dim, config.rope_theta, config.max_position_embeddings, config.rope_scaling
+        )
+
+    def __call__(
+        self, x: mx.array, mask: mx.array | str | None, cache: KVCache | None = None
+    ) -> mx.array:
+        """x (B, T, hidden_size) → the same shape."""
+        B, T, _ = x.shape
+        queries = self._heads(self.q_proj(x), self.num_heads)  # (B, H, T, D)
+        keys = self._heads(self.k_proj(x), self.num_kv_heads)  # (B, KV, T, D)
+        values = self._heads(self.v_proj(x), self.num_kv_heads)
+        offset = cache.offset if cache is not None else 0
+        queries, keys = self.rope(queries, offset), self.rope(keys, offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        attended = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=self.scale, mask=mask
+        )
+        return self.o_proj(attended.swapaxes(1, 2).reshape(B, T, -1))
+
+    def _heads(self, x: mx.array, count: int) -> mx.array:
+        B, T, _ = x.shape
+        return x.reshape(B, T, count, -1).swapaxes(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward layer: down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        dim, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(dim, hidden, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, dim, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (B, T, hidden_size) → the same shape."""
+        gate = self.gate_proj(x)
+        return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))

@@ -1,0 +1,214 @@
+"""Llama: a backbone (embedding and layers) and a head (final norm and lm_head).
+
+Parameters carry Hugging Face's names, so checkpoints and adapters fit without renaming.
+Right for Llama 2, 3, 3.1, 3.2, TinyLlama, SmolLM2, and Mistral without a sliding window
+(Touvron et al. 2023, Llama 2, section 2; Jiang et al. 2023, Mistral 7B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from workbench.errors import ConfigError
+from workbench.models.layers import Attention, KVCache, SwiGLU, causal_mask, rope_periods
+
+REQUIRED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+)
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """A Llama's dimensions, under Hugging Face's names."""
+
+    hidden_size: int  # features of a token's hidden state
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int  # features inside the feed-forward layer
+    vocab_size: int  # rows of the embedding
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int  # tokens
+    rope_scaling: Mapping[str, object] | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    model_type: str = "llama"
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, object]) -> LlamaConfig:
+        """Read a Hugging Face config.json.
+
+        Raises:
+            ConfigError: a needed key is missing, or a number is impossible.
+        """
+        missing = [key for key in REQUIRED if key not in config]
+        if missing:
+            raise ConfigError(
+                f"missing {', '.join(missing)}",
+                where="config.json",
+                cure="Take the config.json that was published with these weights.",
+            )
+        for key in (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            _check_positive(config, key)
+        return cls(**_dimensions(config), **_rope(config), **_switches(config)).checked()
+
+    def checked(self) -> LlamaConfig:
+        """Self, if the dimensions fit together; raises ConfigError otherwise."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"{self.num_attention_heads} query heads cannot share "
+                f"{self.num_key_value_heads} key/value heads evenly",
+                where="config.json: num_key_value_heads",
+            )
+        rope_periods(self.head_dim, self.rope_theta, self.rope_scaling)
+        return self
+
+
+def _check_positive(config: Mapping[str, object], key: str) -> None:
+    value = config.get(key)
+    if value is None and key not in REQUIRED:
+        return
+    wanted = float if key == "rms_norm_eps" else int
+    if isinstance(value, bool) or not isinstance(value, (int, wanted)) or not value > 0:
+        raise ConfigError(f"{key} must be a positive number, got {value!r}", where="config.json")
+
+
+def _dimensions(config: Mapping[str, object]) -> dict[str, object]:
+    heads = config["num_attention_heads"]
+    return {
+        **{key: config[key] for key in REQUIRED},
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "max_position_embeddings": config.get("max_position_embeddings") or 2048,
+    }
+
+
+def _rope(config: Mapping[str, object]) -> dict[str, object]:
+    # transformers 5 writes rope_parameters; earlier releases rope_theta and rope_scaling.
+    parameters = config.get("rope_parameters") or {}
+    theta = parameters.get("rope_theta", config.get("rope_theta", 10_000.0))
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 1:
+        raise ConfigError(
+            f"rope_theta must be a number above 1, got {theta!r}", where="config.json"
+        )
+    scaling = config.get("rope_scaling") or parameters or None
+    return {
+        "rope_theta": float(theta),
+        "rope_scaling": dict(scaling) if scaling else None,
+    }
+
+
+def _switches(config: Mapping[str, object]) -> dict[str, object]:
+    for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+        if not isinstance(config.get(key, False), bool):
+            raise ConfigError(f"{key} must be true or false", where="config.json")
+    return {
+        "attention_bias": config.get("attention_bias", False),
+        "mlp_bias": config.get("mlp_bias", False),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        "model_type": config.get("model_type", "llama"),
+    }
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = SwiGLU(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(
+        self, x: mx.array, mask: mx.array | str | None, cache: KVCache | None = None
+    ) -> mx.array:
+        """x (B, T, hidden_size) → the same shape."""
+        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """Holds what a checkpoint calls `model.*`: embedding, layers and the final norm."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """logits = head(backbone(tokens))."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: list[KVCache] | None = None,
+        padding: mx.array | None = None,
+    ) -> mx.array:
+        """tokens (B, T) → logits (B, T, V)."""
+        return self.head(self.backbone(tokens, cache, padding))
+
+    def backbone(
+        self,
+        tokens: mx.array,
+        cache: list[KVCache] | None = None,
+        padding: mx.array | None = None,
+    ) -> mx.array:
+        """Embedding and layers, without the final norm: tokens (B, T) → hidden_states (B, T, D).
+
+        Args:
+            tokens: ids; with a cache, those that follow the positions it holds.
+            cache: one `KVCache` a layer, which is extended.
+            padding: (B,) number of padding tokens on the left of each row.
+        """
+        offset = cache[0].offset if cache else 0
+        mask = _attention_mask(tokens.shape[1], offset, padding)
+        hidden_states = self.model.embed_tokens(tokens)
+        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
+            hidden_states = layer(hidden_states, mask, layer_cache)
+        return hidden_states
+
+    def head(self, hidden_states: mx.array) -> mx.array:
+        """Final norm and lm_head: hidden_states (..., D) → logits (..., V)."""
+        hidden_states = self.model.norm(hidden_states)
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(hidden_states)
+        return self.lm_head(hidden_states)
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """The decoder layers, first to last."""
+        return self.model.layers
+
+    def make_cache(self, capacity: int = 256) -> list[KVCache]:
+        """A fresh KV cache a layer, with room for `capacity` positions before it grows."""
+        return [KVCache(capacity) for _ in self.layers]
+
+
+def _attention_mask(length: int, offset: int, padding: mx.array | None) -> mx.array | str | None:
+    if padding is not None:
+        return causal_mask(length, offset, padding)
+    if length == 1:
+        return None
+    return "causal"

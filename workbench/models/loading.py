@@ -1,0 +1,277 @@
+"""From files to a network with weights, and a report of every tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from transformers import PreTrainedTokenizerBase
+
+from workbench.backend import default_dtype, on_gpu
+from workbench.errors import ConfigError, FileFormatError
+from workbench.models import gguf_llama
+from workbench.models.files import read_json, read_safetensors, read_weights, write_safetensors
+from workbench.models.llama import Llama, LlamaConfig
+from workbench.models.report import LoadReport, compare
+from workbench.models.sources import find_model
+from workbench.models.tokenizers import check_tokenizer, gguf_tokenizer, load_tokenizer
+
+OUR_TYPES = ("llama", "mistral")  # model_type of the checkpoints that become our Llama
+
+
+@dataclass
+class BaseModel:
+    """A network with its weights, tokenizer and configuration."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    config: object  # dimensions under Hugging Face's names: config.hidden_size, …
+    report: LoadReport
+    name: str  # as it was asked for
+    path: Path  # the folder or file it came from
+    raw_config: dict[str, object]  # config.json
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids that end a generated answer: the config's and the tokenizer's."""
+        ids = self.raw_config.get("eos_token_id")
+        listed = ids if isinstance(ids, list) else [ids]
+        known = {number for number in [*listed, self.tokenizer.eos_token_id]}
+        return frozenset(number for number in known if isinstance(number, int))
+
+
+def load_model(
+    source: str | os.PathLike,
+    *,
+    dtype: mx.Dtype | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    strict: bool = True,
+) -> BaseModel:
+    """Load a causal language model.
+
+    Llama-family checkpoints become our `Llama`; any other architecture that mlx-lm knows is built
+    by mlx-lm.
+
+    Args:
+        source: built-in name (`smollm2-135m`), folder, .gguf file, or Hugging Face hub id.
+        dtype: of the floating-point weights; default float32 on a CPU, the file's own elsewhere.
+        tokenizer: a folder with another tokenizer than the model's own.
+        strict: raise unless every parameter is filled and nothing is left over.
+
+    Raises:
+        SourceError, FileFormatError, ConfigError, WeightsError, TokenizerError: each names the
+            place and the cure; nothing is kept of a model that does not load.
+    """
+    path = find_model(source)
+    dtype = dtype or default_dtype()
+    load = _load_gguf if path.is_file() else _load_folder
+    base = load(path, dtype, tokenizer)
+    base.name = os.fspath(source)
+    if strict:
+        base.report.require_complete()
+    mx.eval(base.model.parameters())
+    base.model.eval()
+    return base
+
+
+def _load_gguf(path: Path, dtype: mx.Dtype | None, tokenizer: object) -> BaseModel:
+    checkpoint = gguf_llama.read(path, dtype or mx.float16)
+    config = LlamaConfig.from_dict(checkpoint.config)
+    words = load_tokenizer(tokenizer) if tokenizer else gguf_tokenizer(checkpoint.metadata, path)
+    check_tokenizer(words, config.vocab_size, path)
+    model = Llama(config)
+    report = fill(
+        model,
+        checkpoint.weights,
+        source=str(path),
+        file_dtypes=checkpoint.file_dtypes,
+        notes=[f"dequantised from {', '.join(checkpoint.kinds)}"],
+    )
+    return BaseModel(model, words, config, report, "", path, checkpoint.config)
+
+
+def _load_folder(path: Path, dtype: mx.Dtype | None, tokenizer: object) -> BaseModel:
+    raw_config = _read_config(path)
+    build = _build_llama if _is_ours(raw_config) else _build_with_mlx_lm
+    words = load_tokenizer(tokenizer or path)
+    model, config, report = build(path, raw_config, dtype)
+    check_tokenizer(words, embedding_rows(model, config), path)
+    return BaseModel(model, words, config, report, "", path, raw_config)
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    config = read_json(path / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise ConfigError("missing model_type", where=path / "config.json")
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        ids = read_json(generation).get("eos_token_id")
+        config = {**config, "eos_token_id": ids if ids is not None else config.get("eos_token_id")}
+    return config
+
+
+def _is_ours(config: Mapping[str, object]) -> bool:
+    foreign_quantisation = "quantization_config" in config and "quantization" not in config
+    sliding = bool(config.get("sliding_window"))
+    return config["model_type"] in OUR_TYPES and not sliding and not foreign_quantisation
+
+
+def _build_llama(
+    path: Path, raw_config: dict[str, object], dtype: mx.Dtype | None
+) -> tuple[nn.Module, LlamaConfig, LoadReport]:
+    config = LlamaConfig.from_dict(raw_config)
+    weights = read_weights(path)
+    file_dtypes = {name: str(w.dtype).removeprefix("mlx.core.") for name, w in weights.items()}
+    model, notes = Llama(config), []
+    quantization = raw_config.get("quantization")
+    if isinstance(quantization, dict) and on_gpu():
+        _quantise_like_file(model, quantization, weights)
+    elif isinstance(quantization, dict):
+        weights = _dequantise(weights, quantization)
+        notes.append("dequantised: on a CPU, float32 products are the fast ones")
+    weights = {name: cast(tensor, dtype) for name, tensor in weights.items()}
+    report = fill(model, weights, source=str(path), file_dtypes=file_dtypes, notes=notes)
+    return model, config, report
+
+
+def cast(tensor: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """The tensor as `dtype` if it holds floating-point numbers, else as it is."""
+    if dtype is None or not mx.issubdtype(tensor.dtype, mx.floating):
+        return tensor
+    return tensor.astype(dtype)
+
+
+def _settings(quantization: Mapping[str, object], path: str) -> dict[str, object]:
+    own = quantization.get(path)
+    settings = {**quantization, **own} if isinstance(own, dict) else quantization
+    try:
+        wanted = {"group_size": int(settings["group_size"]), "bits": int(settings["bits"])}
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(
+            "needs the numbers group_size and bits", where="config.json: quantization"
+        ) from None
+    return {**wanted, "mode": str(settings.get("mode", "affine"))}
+
+
+def _quantise_like_file(
+    model: nn.Module, quantization: Mapping[str, object], weights: Mapping[str, mx.array]
+) -> None:
+    def settings_for(path: str, module: nn.Module) -> bool | dict[str, object]:
+        quantised = hasattr(module, "to_quantized") and f"{path}.scales" in weights
+        return _settings(quantization, path) if quantised else False
+
+    nn.quantize(model, class_predicate=settings_for)
+
+
+def _dequantise(
+    weights: Mapping[str, mx.array], quantization: Mapping[str, object]
+) -> dict[str, mx.array]:
+    plain = {}
+    for name, tensor in weights.items():
+        path, _, kind = name.rpartition(".")
+        if f"{path}.scales" not in weights or kind == "bias":
+            plain[name] = tensor
+        elif kind == "weight":
+            scales, biases = weights[f"{path}.scales"], weights.get(f"{path}.biases")
+            try:
+                plain[name] = mx.dequantize(tensor, scales, biases, **_settings(quantization, path))
+            except ValueError as error:
+                raise FileFormatError(f"cannot be dequantised ({error})", where=name) from None
+    return plain
+
+
+def fill(
+    model: nn.Module,
+    weights: Mapping[str, mx.array],
+    *,
+    source: str,
+    file_dtypes: Mapping[str, str] | None = None,
+    notes: list[str] | None = None,
+) -> LoadReport:
+    """Put the tensors that fit into the network, and report on all of them."""
+    expected = dict(tree_flatten(model.parameters()))
+    tied = "lm_head.weight" not in expected
+
+    def ignorable(name: str) -> bool:
+        # Old checkpoints store RoPE's frequencies; tied ones may store the head twice.
+        return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+    report = compare(
+        expected,
+        weights,
+        source=source,
+        ignorable=ignorable,
+        file_dtypes=file_dtypes,
+        notes=notes,
+    )
+    loaded = [(name, weights[name]) for name in report.loaded]
+    model.load_weights(loaded, strict=False)
+    return report
+
+
+def _build_with_mlx_lm(
+    path: Path, raw_config: dict[str, object], dtype: mx.Dtype | None
+) -> tuple[nn.Module, object, LoadReport]:
+    from mlx_lm import utils
+
+    weights = read_weights(path)  # validated before mlx-lm reads the same files
+    file_dtypes = {name: str(w.dtype).removeprefix("mlx.core.") for name, w in weights.items()}
+    handed: dict[str, mx.array] = {}
+
+    def classes(config: dict[str, object]):
+        model_class, args_class = utils._get_classes(config)
+
+        def build(args: object) -> nn.Module:
+            model = model_class(args)
+            # mlx-lm renames and quantises; what it would load is filled in, and reported, here.
+            model.load_weights = lambda pairs, strict=True: handed.update(pairs)
+            return model
+
+        return build, args_class
+
+    try:
+        model, _ = utils.load_model(path, lazy=True, strict=False, get_model_classes=classes)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"mlx-lm cannot build a {raw_config['model_type']!r} model ({error})", where=path
+        ) from None
+    del model.load_weights
+    converted = {name: cast(tensor, dtype) for name, tensor in handed.items()}
+    report = fill(model, converted, source=str(path), file_dtypes=file_dtypes)
+    return model, getattr(model, "args", raw_config), report
+
+
+def embedding_rows(model: nn.Module, config: object) -> int:
+    """Number of token ids that the network has an embedding for."""
+    for _, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+            return module.weight.shape[0]
+    return int(config.vocab_size)
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write every parameter of a network, by name, to one safetensors file."""
+    write_safetensors(path, dict(tree_flatten(model.parameters())))
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike, *, strict: bool = True) -> LoadReport:
+    """Fill a network from one safetensors file that `save_weights` wrote.
+
+    Raises:
+        FileFormatError: the file is malformed.
+        WeightsError: strict, and a tensor is missing, unexpected or misshapen; the network is
+            then left as it was.
+    """
+    weights = read_safetensors(path)
+    expected = dict(tree_flatten(model.parameters()))
+    report = compare(expected, weights, source=str(path))
+    if strict:
+        report.require_complete()
+    model.load_weights([(name, weights[name]) for name in report.loaded], strict=False)
+    mx.eval(model.parameters())
+    return report

@@ -1,0 +1,1 @@
+"""Instruments; they know no trainer."""

@@ -1,0 +1,1 @@
+"""Change the weights: adapters, loss, trainer."""
