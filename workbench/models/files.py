@@ -123,12 +123,15 @@ def read_weights(folder: str | Path) -> dict[str, mx.array]:
         )
     tensors: dict[str, mx.array] = {}
     for path in paths:
-        part = read_safetensors(path)
-        twice = sorted(set(part) & set(tensors))
-        if twice:
-            raise FileFormatError(f"{twice[0]} is in more than one file", where=path)
-        tensors.update(part)
+        _add(tensors, read_safetensors(path), path)
     return tensors
+
+
+def _add(tensors: dict[str, mx.array], part: Mapping[str, mx.array], path: Path) -> None:
+    twice = sorted(set(part) & set(tensors))
+    if twice:
+        raise FileFormatError(f"{twice[0]} is in more than one file", where=path)
+    tensors.update(part)
 
 
 def _read_sharded(folder: Path) -> dict[str, mx.array]:
@@ -146,8 +149,10 @@ def _read_sharded(folder: Path) -> dict[str, mx.array]:
         content = read_safetensors(folder / shard)
         absent = sorted(promised - set(content))
         if absent:
-            raise FileFormatError(f"lacks {absent[0]}, which the index promises", where=shard)
-        tensors.update(content)
+            raise FileFormatError(
+                f"lacks {absent[0]}, which the index promises", where=folder / shard
+            )
+        _add(tensors, content, folder / shard)
     return tensors
 
 

@@ -6,6 +6,7 @@ The gguf package knows the block formats and turns them into float32.
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import struct
@@ -74,14 +75,25 @@ class GGUFFile:
             raise self._malformed(f"is truncated or malformed ({error})") from None
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as float32 (float16 stays float16), dequantised if it is in blocks."""
+        """One tensor as float32 (float16 stays float16), dequantised if it is in blocks.
+
+        Raises:
+            FileFormatError: nobody here knows how to dequantise its type.
+        """
         tensor = self.tensors[name]
         if tensor.kind in UNQUANTISED:
             dtype = UNQUANTISED[tensor.kind]
             return self._bytes(tensor).view(dtype).reshape(tensor.shape)
         block, block_bytes = GGML_QUANT_SIZES[tensor.kind]
         rows = (*tensor.shape[:-1], tensor.shape[-1] // block * block_bytes)
-        return dequantize(self._bytes(tensor).reshape(rows), tensor.kind)
+        try:
+            return dequantize(self._bytes(tensor).reshape(rows), tensor.kind)
+        except NotImplementedError:
+            raise FileFormatError(
+                f"tensor {name!r} has the type {tensor.kind.name}, which cannot be dequantised",
+                where=self.path,
+                cure="Use another quantisation of the model, such as Q8_0.",
+            ) from None
 
     def _bytes(self, tensor: GGUFTensor) -> np.ndarray:
         return np.frombuffer(self._buffer, np.uint8, count=tensor.size, offset=tensor.start)
@@ -178,7 +190,7 @@ class GGUFFile:
             start = data_start + offset
             self.tensors[name] = GGUFTensor(name, shape, GGMLQuantizationType(kind), start, size)
         ordered = sorted(self.tensors.values(), key=lambda tensor: tensor.start)
-        for before, after in zip(ordered, ordered[1:]):
+        for before, after in itertools.pairwise(ordered):
             if before.start + before.size > after.start:
                 raise self._malformed(f"tensors {before.name!r} and {after.name!r} overlap")
 

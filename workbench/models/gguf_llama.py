@@ -1,4 +1,4 @@
-"""A Llama in a GGUF file: its names, its layout and its configuration, turned into Hugging Face's."""
+"""A Llama in a GGUF file: its names, layout and configuration, turned into Hugging Face's."""
 
 from __future__ import annotations
 
@@ -135,6 +135,9 @@ def _config(file: GGUFFile) -> dict[str, object]:
     for name in ("bos_token_id", "eos_token_id"):
         if f"tokenizer.ggml.{name}" in metadata:
             config[name] = metadata[f"tokenizer.ggml.{name}"]
+    rotated = metadata.get("llama.rope.dimension_count")
+    if rotated is not None and config.setdefault("head_dim", rotated) != rotated:
+        raise ConfigError(f"rotates only {rotated} features of each head", where=file.path)
     scaling = _rope_scaling(file, config)
     return {**config, "rope_scaling": scaling} if scaling else config
 
@@ -147,7 +150,9 @@ def _rope_scaling(file: GGUFFile, config: Mapping[str, object]) -> dict[str, obj
         return None
     # llama.cpp stores the stretch of each wavelength; recover the rule that it came from.
     factors = file.read(ROPE_FACTORS)
-    dims, base = 2 * len(factors), config.get("rope_theta", 10_000.0)
+    dims, base = 2 * factors.size, config.get("rope_theta", 10_000.0)
+    if factors.ndim != 1 or not isinstance(base, float):
+        raise ConfigError("has a malformed RoPE", where=file.path)
     scaling = {**LLAMA3, "factor": float(factors.max())}
     plain, stretched = rope_periods(dims, base, None)[0], rope_periods(dims, base, scaling)[0]
     if not np.allclose(np.array(stretched / plain), factors, rtol=1e-3):

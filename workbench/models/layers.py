@@ -31,6 +31,7 @@ class RotaryEmbedding:
     ):
         self.dims, self.max_positions = dims, max_positions
         self.periods, self.scale = rope_periods(dims, base, scaling)
+        mx.eval(self.periods)  # a lazy array belongs to the thread that made it
 
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
         """Rotate x (B, H, T, D) as the positions [offset : offset + T].
@@ -88,6 +89,11 @@ def _llama3_periods(periods: mx.array, scaling: Mapping[str, object]) -> mx.arra
     low = _scaling_number(scaling, "low_freq_factor")
     high = _scaling_number(scaling, "high_freq_factor")
     context = _scaling_number(scaling, "original_max_position_embeddings")
+    if not low < high:
+        raise ConfigError(
+            f"low_freq_factor {low} must be below high_freq_factor {high}",
+            where="config.json: rope_scaling",
+        )
     rotations = context / (2 * math.pi * periods)  # full turns within the original context
     smooth = mx.clip((rotations - low) / (high - low), 0.0, 1.0)
     return 1.0 / ((1.0 - smooth) / (factor * periods) + smooth / periods)
@@ -95,7 +101,7 @@ def _llama3_periods(periods: mx.array, scaling: Mapping[str, object]) -> mx.arra
 
 def _scaling_number(scaling: Mapping[str, object], key: str) -> float:
     value = scaling.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ConfigError(
             f"{key} must be a positive number, got {value!r}",
             where="config.json: rope_scaling",
@@ -188,7 +194,7 @@ def causal_mask(length: int, offset: int = 0, padding: mx.array | None = None) -
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023): each key/value head serves H / KV query heads."""
+    """Grouped-query attention (Ainslie et al. 2023): a key/value head serves H / KV query heads."""
 
     def __init__(self, config):
         super().__init__()

@@ -7,6 +7,7 @@ Right for Llama 2, 3, 3.1, 3.2, TinyLlama, SmolLM2, and Mistral without a slidin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -72,6 +73,8 @@ class LlamaConfig:
                 f"{self.num_key_value_heads} key/value heads evenly",
                 where="config.json: num_key_value_heads",
             )
+        if self.head_dim % 2:
+            raise ConfigError("head_dim must be even, for RoPE's pairs", where="config.json")
         rope_periods(self.head_dim, self.rope_theta, self.rope_scaling)
         return self
 
@@ -81,12 +84,17 @@ def _check_positive(config: Mapping[str, object], key: str) -> None:
     if value is None and key not in REQUIRED:
         return
     wanted = float if key == "rms_norm_eps" else int
-    if isinstance(value, bool) or not isinstance(value, (int, wanted)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, (int, wanted)) or not 0 < value < math.inf:
         raise ConfigError(f"{key} must be a positive number, got {value!r}", where="config.json")
 
 
 def _dimensions(config: Mapping[str, object]) -> dict[str, object]:
     heads = config["num_attention_heads"]
+    if not config.get("head_dim") and config["hidden_size"] % heads:
+        raise ConfigError(
+            f"hidden_size {config['hidden_size']} cannot be shared by {heads} heads evenly",
+            where="config.json: num_attention_heads",
+        )
     return {
         **{key: config[key] for key in REQUIRED},
         "num_key_value_heads": config.get("num_key_value_heads") or heads,
@@ -98,12 +106,14 @@ def _dimensions(config: Mapping[str, object]) -> dict[str, object]:
 def _rope(config: Mapping[str, object]) -> dict[str, object]:
     # transformers 5 writes rope_parameters; earlier releases rope_theta and rope_scaling.
     parameters = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or parameters
+    if not isinstance(parameters, Mapping) or not isinstance(scaling, Mapping):
+        raise ConfigError("must be an object", where="config.json: rope_scaling")
     theta = parameters.get("rope_theta", config.get("rope_theta", 10_000.0))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 1:
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < math.inf:
         raise ConfigError(
             f"rope_theta must be a number above 1, got {theta!r}", where="config.json"
         )
-    scaling = config.get("rope_scaling") or parameters or None
     return {
         "rope_theta": float(theta),
         "rope_scaling": dict(scaling) if scaling else None,
@@ -111,6 +121,12 @@ def _rope(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def _switches(config: Mapping[str, object]) -> dict[str, object]:
+    for key, only in (("hidden_act", "silu"), ("partial_rotary_factor", 1)):
+        if config.get(key, only) not in (only, None):
+            raise ConfigError(
+                f"{key} {config[key]!r} is not supported; this Llama has {only!r}",
+                where="config.json",
+            )
     for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
         if not isinstance(config.get(key, False), bool):
             raise ConfigError(f"{key} must be true or false", where="config.json")

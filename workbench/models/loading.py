@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from transformers import PreTrainedTokenizerBase
 
 from workbench.backend import default_dtype, on_gpu
-from workbench.errors import ConfigError, FileFormatError
+from workbench.errors import ConfigError, FileFormatError, SourceError
 from workbench.models import gguf_llama
 from workbench.models.files import read_json, read_safetensors, read_weights, write_safetensors
 from workbench.models.llama import Llama, LlamaConfig
@@ -21,6 +21,7 @@ from workbench.models.report import LoadReport, compare
 from workbench.models.sources import find_model
 from workbench.models.tokenizers import check_tokenizer, gguf_tokenizer, load_tokenizer
 
+EMBEDDING = "model.embed_tokens.weight"
 OUR_TYPES = ("llama", "mistral")  # model_type of the checkpoints that become our Llama
 
 
@@ -41,7 +42,7 @@ class BaseModel:
         """Ids that end a generated answer: the config's and the tokenizer's."""
         ids = self.raw_config.get("eos_token_id")
         listed = ids if isinstance(ids, list) else [ids]
-        known = {number for number in [*listed, self.tokenizer.eos_token_id]}
+        known = {*listed, self.tokenizer.eos_token_id}
         return frozenset(number for number in known if isinstance(number, int))
 
 
@@ -69,6 +70,8 @@ def load_model(
     """
     path = find_model(source)
     dtype = dtype or default_dtype()
+    if dtype is not None and not mx.issubdtype(dtype, mx.floating):
+        raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
     load = _load_gguf if path.is_file() else _load_folder
     base = load(path, dtype, tokenizer)
     base.name = os.fspath(source)
@@ -105,6 +108,12 @@ def _load_folder(path: Path, dtype: mx.Dtype | None, tokenizer: object) -> BaseM
 
 
 def _read_config(path: Path) -> dict[str, object]:
+    if not (path / "config.json").is_file():
+        raise SourceError(
+            "holds no config.json",
+            where=path,
+            cure="Give a model folder: config.json, model*.safetensors, and the tokenizer's files.",
+        )
     config = read_json(path / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise ConfigError("missing model_type", where=path / "config.json")
@@ -199,7 +208,9 @@ def fill(
 
     def ignorable(name: str) -> bool:
         # Old checkpoints store RoPE's frequencies; tied ones may store the head twice.
-        return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+        if name == "lm_head.weight" and tied and EMBEDDING in weights:
+            return mx.array_equal(weights[name], weights[EMBEDDING]).item()
+        return name.endswith("rotary_emb.inv_freq")
 
     report = compare(
         expected,
@@ -248,10 +259,11 @@ def _build_with_mlx_lm(
 
 def embedding_rows(model: nn.Module, config: object) -> int:
     """Number of token ids that the network has an embedding for."""
-    for _, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-            return module.weight.shape[0]
-    return int(config.vocab_size)
+    embeddings = (nn.Embedding, nn.QuantizedEmbedding)
+    found = [m.weight.shape[0] for m in model.modules() if isinstance(m, embeddings)]
+    declared = getattr(config, "vocab_size", None)
+    # A network may also embed positions, or each layer's own tokens.
+    return declared if declared in found or not found else max(found)
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike) -> None:
@@ -264,12 +276,12 @@ def load_weights(model: nn.Module, path: str | os.PathLike, *, strict: bool = Tr
 
     Raises:
         FileFormatError: the file is malformed.
-        WeightsError: strict, and a tensor is missing, unexpected or misshapen; the network is
-            then left as it was.
+        WeightsError: strict, and a tensor is missing, unexpected, misshapen or of another dtype;
+            the network is then left as it was.
     """
     weights = read_safetensors(path)
     expected = dict(tree_flatten(model.parameters()))
-    report = compare(expected, weights, source=str(path))
+    report = compare(expected, weights, source=str(path), same_dtype=True)
     if strict:
         report.require_complete()
     model.load_weights([(name, weights[name]) for name in report.loaded], strict=False)

@@ -123,8 +123,9 @@ def compare(
     ignorable: Callable[[str], bool] = lambda name: False,
     file_dtypes: Mapping[str, str] | None = None,
     notes: list[str] | None = None,
+    same_dtype: bool = False,
 ) -> LoadReport:
-    """Compare a network's parameters with a file's tensors, by name, shape and kind of dtype.
+    """Compare a network's parameters with a file's tensors, by name, shape and dtype.
 
     Args:
         expected: the network's parameters by name.
@@ -132,6 +133,7 @@ def compare(
         source: the file or folder, for messages.
         ignorable: whether an unexpected name is known to be harmless.
         file_dtypes: dtype names as the file has them, where `found` was converted.
+        same_dtype: whether the very dtype must agree, or only its kind (floating or not).
     """
     file_dtypes = file_dtypes or {}
     records = []
@@ -140,7 +142,7 @@ def compare(
         if tensor is None:
             records.append(TensorRecord(name, MISSING, tuple(parameter.shape)))
             continue
-        status = _status(parameter, tensor)
+        status = _status(parameter, tensor, same_dtype)
         records.append(
             TensorRecord(
                 name,
@@ -160,13 +162,13 @@ def compare(
     return LoadReport(records, source, notes or [])
 
 
-def _status(parameter: mx.array, tensor: mx.array) -> str:
+def _status(parameter: mx.array, tensor: mx.array, same_dtype: bool) -> str:
     if parameter.shape != tensor.shape:
         return WRONG_SHAPE
-    same_kind = mx.issubdtype(parameter.dtype, mx.floating) == mx.issubdtype(
-        tensor.dtype, mx.floating
-    )
-    return LOADED if same_kind else WRONG_DTYPE
+    if same_dtype:
+        return LOADED if parameter.dtype == tensor.dtype else WRONG_DTYPE
+    floating = [mx.issubdtype(array.dtype, mx.floating) for array in (parameter, tensor)]
+    return LOADED if floating[0] == floating[1] else WRONG_DTYPE
 
 
 def _dtype_name(array: mx.array) -> str:

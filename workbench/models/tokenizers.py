@@ -34,7 +34,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exception
         reason = str(error).strip().split("\n")[0]
         raise TokenizerError(
             f"holds no readable tokenizer ({reason})",

@@ -1,0 +1,84 @@
+"""The order of rows, and micro-batches of nearly equal lengths."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from workbench.data.examples import Example
+from workbench.errors import ConfigError, DataError
+
+PAD_ID = 0  # padding is never a target and, being on the right, is seen by no earlier token
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows padded on the right to the longest of them."""
+
+    tokens: np.ndarray  # (B, T) int32
+    loss_mask: np.ndarray  # (B, T) bool: whether token t is a target
+    rows: tuple[int, ...]  # row numbers in the data set
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of supervised targets."""
+        return int(self.loss_mask[:, 1:].sum())
+
+
+def collate(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
+    """Pad the given rows of a data set into one batch."""
+    length = max(len(examples[row]) for row in rows)
+    tokens = np.full((len(rows), length), PAD_ID, dtype=np.int32)
+    loss_mask = np.zeros((len(rows), length), dtype=bool)
+    for place, row in enumerate(rows):
+        example = examples[row]
+        tokens[place, : len(example)] = example.tokens
+        loss_mask[place, : len(example)] = example.loss_mask
+    return Batch(tokens, loss_mask, tuple(int(row) for row in rows))
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which rows each step trains: a pure function of (seed, step).
+
+    Every row is used once an epoch. Rows of nearly equal length share a micro-batch; the order of
+    rows of one length, and of the micro-batches, is shuffled anew each epoch. The last micro-batch
+    of an epoch, and its last step, may be smaller.
+    """
+
+    lengths: tuple[int, ...]  # tokens of each row
+    micro_batch_size: int  # rows
+    grad_accum_steps: int = 1  # micro-batches a step
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("micro_batch_size", "grad_accum_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lengths:
+            raise DataError("the data set has no training rows")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer updates in which every row is used once."""
+        num_batches = -(-len(self.lengths) // self.micro_batch_size)
+        return -(-num_batches // self.grad_accum_steps)
+
+    def micro_batches(self, step: int) -> list[np.ndarray]:
+        """Row numbers of each micro-batch of a step, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        first = place * self.grad_accum_steps
+        return _epoch(self, epoch)[first : first + self.grad_accum_steps]
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch(plan: BatchPlan, epoch: int) -> list[np.ndarray]:
+    random = np.random.default_rng([plan.seed, epoch])
+    shuffled = random.permutation(len(plan.lengths))
+    by_length = shuffled[np.argsort(np.array(plan.lengths)[shuffled], kind="stable")]
+    starts = range(0, len(by_length), plan.micro_batch_size)
+    batches = [by_length[start : start + plan.micro_batch_size] for start in starts]
+    return [batches[place] for place in random.permutation(len(batches))]

@@ -1,0 +1,130 @@
+"""A name, a file or a folder becomes train, validation and test examples."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from workbench.data.capitals import (
+    TEST_PHRASINGS,
+    TRAIN_PHRASINGS,
+    VALID_PHRASINGS,
+    all_capitals,
+    capital_rows,
+)
+from workbench.data.examples import Example, encode_row, read_rows
+from workbench.errors import ConfigError, DataError
+
+SPLITS = ("train", "valid", "test")
+Rows = Iterable[tuple[str, Mapping[str, object]]]  # (place, row)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenised examples, split for training, validation and test."""
+
+    name: str
+    train: list[Example]
+    valid: list[Example] = field(default_factory=list)
+    test: list[Example] = field(default_factory=list)
+
+    @property
+    def truncated(self) -> int:
+        """Number of examples, over all splits, that were cut to max_length."""
+        return sum(example.truncated for split in SPLITS for example in getattr(self, split))
+
+    def __str__(self) -> str:
+        parts = []
+        for split in SPLITS:
+            examples = getattr(self, split)
+            tokens, targets = sum(map(len, examples)), sum(e.num_targets for e in examples)
+            parts.append(f"{split} {len(examples)} rows, {tokens} tokens, {targets} supervised")
+        cut = f"; {self.truncated} rows were cut to max_length" if self.truncated else ""
+        return f"{self.name}: {'; '.join(parts)}{cut}"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def load_dataset(
+    source: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None = None,
+    max_length: int = 2048,
+    train_on: str = "assistant",
+    valid_fraction: float = 0.1,
+    seed: int = 0,
+) -> Dataset:
+    """Read and tokenise a data set.
+
+    Args:
+        source: `capitals`, a folder with train.jsonl (and valid.jsonl, test.jsonl), or one .jsonl
+            file, from which a validation part is split off.
+        limit: training rows that are used, from the start; None for all.
+        max_length: tokens of a row that are kept; `Dataset.truncated` counts the rows cut.
+        train_on: targets of a chat, see `encode_row`.
+        valid_fraction: share of a single file's rows that validate.
+        seed: of that split.
+
+    Raises:
+        DataError: nothing there, or a row that cannot be trained on; names the line.
+        ConfigError: a setting is out of range.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1 row, got {limit}")
+    if not 0 <= valid_fraction < 1:
+        raise ConfigError(f"valid_fraction must be in [0, 1), got {valid_fraction}")
+    rows = _capitals(limit) if source == "capitals" else _from_disk(source, valid_fraction, seed)
+    rows["train"] = rows["train"][:limit]
+    encoded = {
+        split: [
+            encode_row(row, tokenizer, max_length=max_length, train_on=train_on, where=where)
+            for where, row in rows.get(split, ())
+        ]
+        for split in SPLITS
+    }
+    return Dataset(Path(source).name, **encoded)
+
+
+def _capitals(limit: int | None) -> dict[str, list]:
+    # A limit takes whole capitals into validation and test, so that all is about the same ones.
+    capitals = all_capitals()
+    if limit is not None:
+        capitals = capitals[: -(-limit // len(TRAIN_PHRASINGS))]
+    phrasings = dict(zip(SPLITS, (TRAIN_PHRASINGS, VALID_PHRASINGS, TEST_PHRASINGS)))
+    return {
+        split: [
+            (f"capitals, {split} row {number}", row)
+            for number, row in enumerate(capital_rows(capitals, phrasings[split]), 1)
+        ]
+        for split in SPLITS
+    }
+
+
+def _from_disk(source: str | os.PathLike, valid_fraction: float, seed: int) -> dict[str, list]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _split(list(read_rows(path)), valid_fraction, seed)
+    if not path.is_dir():
+        raise DataError(
+            f"no data set {os.fspath(source)!r}",
+            cure="Give 'capitals', a folder with train.jsonl, or a .jsonl file.",
+        )
+    if not (path / "train.jsonl").is_file():
+        raise DataError("holds no train.jsonl", where=path)
+    files = {split: path / f"{split}.jsonl" for split in SPLITS}
+    return {split: list(read_rows(file)) for split, file in files.items() if file.is_file()}
+
+
+def _split(rows: list, valid_fraction: float, seed: int) -> dict[str, list]:
+    order = np.random.default_rng(seed).permutation(len(rows))
+    num_valid = min(round(valid_fraction * len(rows)), len(rows) - 1)
+    valid, train = sorted(order[:num_valid]), sorted(order[num_valid:])
+    return {"train": [rows[i] for i in train], "valid": [rows[i] for i in valid]}

@@ -1,0 +1,230 @@
+"""Generate text: greedy or sampled, one prompt or many at once, with a KV cache."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from workbench.errors import ConfigError, DataError
+from workbench.models.llama import Llama
+from workbench.models.loading import BaseModel, embedding_rows
+
+PREFILL_CHUNK = 512  # prompt tokens that go through the network at once
+Prompt = str | Sequence[Mapping[str, object]]  # a question, or chat messages
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen."""
+
+    max_tokens: int = 64  # generated tokens, at most
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0  # probability mass that is kept (nucleus sampling)
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
+
+
+def generate(
+    base: BaseModel,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    batch_size: int = 32,
+    **settings: object,
+) -> str | list[str]:
+    """Answer one prompt, or many at once.
+
+    Args:
+        base: a loaded model.
+        prompts: a string (asked through the chat template, where the tokenizer has one), a chat
+            as a list of messages, or a list of either.
+        batch_size: prompts that are decoded together; similar lengths share a batch.
+        settings: fields of `SamplingConfig`: max_tokens, temperature, top_p, seed.
+
+    Returns:
+        The answer's text without special tokens; a list of them for a list of prompts.
+
+    Raises:
+        DataError: a prompt is empty, longer than the model's positions, or has unknown ids.
+        ConfigError: a setting is out of range.
+    """
+    if is_single(prompts):
+        return generate(base, [prompts], batch_size=batch_size, **settings)[0]
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    sampling = SamplingConfig(**settings)
+    encoded = [encode_prompt(base, prompt) for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in encoded]
+    for rows in _batches(base.model, [len(ids) for ids in encoded], batch_size):
+        for step in generate_tokens(base, [encoded[row] for row in rows], sampling):
+            for row, token in zip(rows, step):
+                if token is not None:
+                    answers[row].append(token)
+    return [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+
+
+def stream(base: BaseModel, prompt: Prompt, **settings: object) -> Iterator[str]:
+    """Yield the answer to one prompt piece by piece, as `generate` would return it whole."""
+    sampling, ids, shown = SamplingConfig(**settings), [], ""
+    for (token,) in generate_tokens(base, [encode_prompt(base, prompt)], sampling):
+        ids.append(token)
+        text = base.tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # half of a character: wait for its other bytes
+            yield text[len(shown) :]
+            shown = text
+    yield base.tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]
+
+
+def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt: a string, or the messages of one chat."""
+    return isinstance(prompts, str) or (
+        bool(prompts) and all(isinstance(item, Mapping) for item in prompts)
+    )
+
+
+def encode_prompt(base: BaseModel, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, ready for the model's answer.
+
+    Raises:
+        DataError: no tokens, too many, or ids that the embedding does not have.
+    """
+    if isinstance(prompt, str) and not base.tokenizer.chat_template:
+        ids = base.tokenizer.encode(prompt)
+    else:
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        text = base.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids = base.tokenizer.encode(text, add_special_tokens=False)
+    check_ids(ids, embedding_rows(base.model, base.config))
+    limit = getattr(base.config, "max_position_embeddings", None) or len(ids) + 1
+    if len(ids) >= limit:
+        raise DataError(
+            f"the prompt has {len(ids)} tokens, the model has room for {limit}",
+            cure="Shorten the prompt.",
+        )
+    return ids
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raise DataError unless every id has a row in the embedding; MLX would read beyond it."""
+    if not ids:
+        raise DataError("the prompt is empty", cure="Give at least one token.")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        wrong = next(number for number in ids if not 0 <= number < vocab_size)
+        raise DataError(
+            f"token id {wrong} is outside the vocabulary of {vocab_size}",
+            cure="Tokenizer and model are from different sources: use the pair.",
+        )
+
+
+def generate_tokens(
+    base: BaseModel, prompts: Sequence[Sequence[int]], sampling: SamplingConfig
+) -> Iterator[list[int | None]]:
+    """Decode a batch of token prompts; yields one step's tokens, None for rows that have ended.
+
+    Rows of different lengths are padded on the left, which only our own Llama understands;
+    for other models the prompts must be of one length.
+    """
+    longest = max(len(ids) for ids in prompts)
+    limit = getattr(base.config, "max_position_embeddings", None)
+    num_steps = min(sampling.max_tokens, limit - longest) if limit else sampling.max_tokens
+    decode = _Decoder(base.model, prompts, capacity=longest + num_steps)
+    key = mx.random.key(sampling.seed)
+    ended = [False] * len(prompts)
+    with evaluating(base.model):
+        logits = decode.prefill()
+        for step in range(num_steps):
+            key, own = mx.random.split(key)
+            tokens = choose(logits, sampling, own)
+            ids = tokens.tolist()
+            ended = [done or number in base.eos_token_ids for done, number in zip(ended, ids)]
+            if all(ended):
+                return
+            yield [None if done else number for done, number in zip(ended, ids)]
+            if step + 1 < num_steps:
+                logits = decode.next(tokens)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and back to what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def choose(logits: mx.array, sampling: SamplingConfig, key: mx.array) -> mx.array:
+    """Next tokens (B,) from logits (B, V): the largest, or a sample of the nucleus.
+
+    Nucleus sampling: Holtzman et al. 2020, section 3.1.
+    """
+    if sampling.temperature == 0:
+        return mx.argmax(logits, axis=-1)
+    logits = logits.astype(mx.float32) / sampling.temperature
+    if sampling.top_p < 1:
+        order = mx.argsort(-logits, axis=-1)
+        ranked = mx.take_along_axis(mx.softmax(logits, axis=-1), order, axis=-1)
+        outside = mx.cumsum(ranked, axis=-1) - ranked >= sampling.top_p
+        ranked_logits = mx.take_along_axis(logits, order, axis=-1)
+        picked = mx.random.categorical(mx.where(outside, -mx.inf, ranked_logits), key=key)
+        return mx.take_along_axis(order, picked[:, None], axis=-1)[:, 0]
+    return mx.random.categorical(logits, key=key)
+
+
+class _Decoder:
+    """A batch of prompts on its way through a network with a KV cache."""
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], capacity: int):
+        longest = max(len(ids) for ids in prompts)
+        missing = [longest - len(ids) for ids in prompts]
+        self.model, self.padding = model, mx.array(missing) if any(missing) else None
+        self.tokens = mx.array([[0] * gap + list(ids) for gap, ids in zip(missing, prompts)])
+        if isinstance(model, Llama):
+            self.cache = model.make_cache(capacity)
+        else:
+            from mlx_lm.models.cache import make_prompt_cache
+
+            self.cache = make_prompt_cache(model)
+
+    def prefill(self) -> mx.array:
+        """Logits (B, V) after the prompts, which go through the network in chunks."""
+        for start in range(0, self.tokens.shape[1], PREFILL_CHUNK):
+            logits = self._forward(self.tokens[:, start : start + PREFILL_CHUNK])
+            mx.eval(logits)
+        return logits
+
+    def next(self, tokens: mx.array) -> mx.array:
+        """Logits (B, V) after one more token (B,) each."""
+        return self._forward(tokens[:, None])
+
+    def _forward(self, tokens: mx.array) -> mx.array:
+        if isinstance(self.model, Llama):
+            hidden_states = self.model.backbone(tokens, self.cache, self.padding)
+            return self.model.head(hidden_states[:, -1])
+        return self.model(tokens, cache=self.cache)[:, -1]
+
+
+def _batches(model: nn.Module, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers that are decoded together: neighbours in length, of one length if need be."""
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    batch: list[int] = []
+    for row in order:
+        differs = batch and lengths[row] != lengths[batch[0]] and not isinstance(model, Llama)
+        if differs or len(batch) == batch_size:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

@@ -1,0 +1,109 @@
+"""One folder a run: its configuration, and metrics of every step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from workbench.errors import FileFormatError, RunError
+from workbench.models.files import write_json
+
+CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
+
+
+def new_run(root: str | os.PathLike, name: str) -> Path:
+    """A folder that no other run uses: `root/name-001`, `root/name-002`, …
+
+    The folder is made at once, so that two processes never get the same one.
+
+    Raises:
+        RunError: the folder cannot be made.
+    """
+    root = Path(root)
+    for number in range(1, 100_000):
+        folder = root / f"{name}-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not root.is_dir():
+                raise RunError("is not a folder", where=root) from None
+        except OSError as error:
+            raise RunError(f"cannot be made ({error.strerror})", where=folder) from None
+    raise RunError(f"holds too many runs called {name!r}", where=root)
+
+
+class RunFolder:
+    """A run's place on disk.
+
+    Args:
+        folder: empty, or not there yet.
+        config: what the run was started with; written as JSON.
+
+    Raises:
+        RunError: the folder holds another run's files, or cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike, config: Mapping[str, object]):
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            used = any(self.folder.iterdir())
+        except OSError as error:
+            raise RunError(
+                f"cannot be used as a run folder ({error.strerror})", where=folder
+            ) from None
+        if used:
+            raise RunError(
+                "already holds files of a run",
+                where=folder,
+                cure="Give each run its own folder: wb.new_run('runs', 'name') makes one.",
+            )
+        try:
+            write_json(self.folder / CONFIG_NAME, config)
+        except FileFormatError as error:
+            raise RunError(f"cannot be written ({error.what})", where=folder) from error
+
+    def append(self, metrics: Mapping[str, object]) -> None:
+        """Add one step's metrics as a line; it is on its way to the disk when this returns.
+
+        Raises:
+            RunError: the line cannot be written.
+        """
+        line = json.dumps(metrics, allow_nan=False) + "\n"
+        try:
+            with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise RunError(
+                f"the metrics of step {metrics.get('step')} cannot be written ({error.strerror})",
+                where=self.folder,
+                cure="Free some space; the trainer's weights and reports are intact.",
+            ) from None
+
+
+def read_metrics(folder: str | os.PathLike) -> pd.DataFrame:
+    """A run's metrics, one row a step; a last line that is only half written is left out.
+
+    Raises:
+        RunError: there are none.
+    """
+    path = Path(folder) / METRICS_NAME
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"has no readable {METRICS_NAME} ({error})", where=folder) from None
+    return pd.DataFrame([json.loads(line) for line in lines[:-1]])
+
+
+def as_config(**parts: object) -> dict[str, object]:
+    """Dataclasses and plain values as one JSON object."""
+    return {
+        name: dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part
+        for name, part in parts.items()
+    }

@@ -1,0 +1,96 @@
+"""How to train, and what each step reports."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from workbench.errors import ConfigError
+from workbench.tuning.schedules import SCHEDULES
+
+WHOLE_NUMBERS = {  # field: smallest value
+    "epochs": 1,
+    "steps": 1,
+    "micro_batch_size": 1,
+    "grad_accum_steps": 1,
+    "warmup_steps": 0,
+    "valid_every": 0,
+    "cache_limit_bytes": 0,
+}
+NUMBERS = {  # field: smallest value
+    "learning_rate": 0.0,
+    "min_learning_rate": 0.0,
+    "max_grad_norm": 0.0,
+    "weight_decay": 0.0,
+    "adam_epsilon": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. A step is one optimizer update."""
+
+    epochs: int = 1  # times that every row is used, if `steps` is not given
+    steps: int | None = None  # optimizer updates
+    micro_batch_size: int = 8  # rows that go through the network together
+    grad_accum_steps: int = 1  # micro-batches a step
+    learning_rate: float = 1e-4  # the largest
+    min_learning_rate: float = 0.0  # at the last step
+    schedule: str = "cosine"  # constant, linear or cosine
+    warmup_steps: int = 0  # optimizer updates
+    max_grad_norm: float = 1.0  # global L2 norm; 0 turns clipping off
+    weight_decay: float = 0.01  # decoupled, of AdamW
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = 1e-8
+    valid_every: int = 0  # steps between validations; 0: after the last step only
+    cache_limit_bytes: int | None = None  # memory that MLX may keep for reuse; None: a third of all
+    seed: int = 0  # of the order and of dropout
+
+    def __post_init__(self):
+        for name, smallest in WHOLE_NUMBERS.items():
+            value = getattr(self, name)
+            if value is None and name in ("steps", "cache_limit_bytes"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ConfigError(f"{name} must be a whole number from {smallest}, got {value!r}")
+        for name, smallest in NUMBERS.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value) or value < smallest:
+                raise ConfigError(f"{name} must be a number from {smallest:g}, got {value!r}")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(
+                f"unknown schedule {self.schedule!r}", cure=f"Use one of {SCHEDULES}."
+            )
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ConfigError(f"adam_betas must be two numbers in [0, 1), got {self.adam_betas!r}")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer update did."""
+
+    step: int  # counted from 1
+    total_steps: int
+    epoch: int  # counted from 1
+    loss: float  # mean cross-entropy of the step's supervised targets, in nats
+    num_tokens: int  # supervised targets
+    num_input_tokens: int  # tokens that went through the network, padding included
+    learning_rate: float
+    grad_norm: float  # before clipping
+    clipped_grad_norm: float  # after it
+    step_seconds: float  # without validation
+    tokens_per_second: float  # input tokens
+    active_bytes: int
+    cache_bytes: int
+    peak_bytes: int  # since the training began
+    process_bytes: int
+    valid_loss: float | None = None  # mean cross-entropy, where this step validated
+
+    def __str__(self) -> str:
+        valid = "" if self.valid_loss is None else f"  valid {self.valid_loss:.4f}"
+        return (
+            f"step {self.step}/{self.total_steps}  loss {self.loss:.4f}{valid}  "
+            f"lr {self.learning_rate:.2e}  grad {self.grad_norm:.2f}  "
+            f"{self.tokens_per_second:.0f} tokens/s  {self.process_bytes / 1e9:.2f} GB"
+        )

@@ -1,0 +1,225 @@
+"""LoRA adapters: freeze the network, then attach (Hu et al. 2021, LoRA, section 4.1)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from workbench.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+LAYER_PATHS = ("model.layers", "layers", "transformer.h", "backbone.layers")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Size and place of a LoRA adapter."""
+
+    rank: int = 8  # columns of lora_a, rows of lora_b
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0  # probability, on the adapter's input only
+    target_modules: str | Sequence[str] = ALL_LINEAR  # names such as "q_proj" or "self_attn.q_proj"
+    num_layers: int | None = None  # the last N layers; None for all
+    seed: int = 0  # of lora_a
+
+    def __post_init__(self):
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ConfigError(f"rank must be a whole number from 1, got {self.rank!r}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"alpha must be a positive number, got {self.alpha!r}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if self.num_layers is not None and self.num_layers < 1:
+            raise ConfigError(f"num_layers must be at least 1, got {self.num_layers!r}")
+        if not self.target_modules:
+            raise ConfigError("target_modules is empty", cure=f"Use {ALL_LINEAR!r} or names.")
+
+    @property
+    def scale(self) -> float:
+        """Factor on the adapter's output."""
+        return self.alpha / self.rank
+
+
+class LoRALinear(nn.Module):
+    """base(x) + scale · (x @ lora_a) @ lora_b; lora_b starts at zero.
+
+    Args:
+        linear: the frozen layer, plain or quantised.
+        config: rank, scale and dropout.
+        key: for lora_a, uniform in ± 1 / sqrt(in), as in the reference implementation.
+    """
+
+    def __init__(self, linear: nn.Linear | nn.QuantizedLinear, config: LoRAConfig, key: mx.array):
+        super().__init__()
+        in_dims, out_dims = linear_dims(linear)
+        self.linear = linear
+        self.scale = config.scale
+        self.dropout_rate = config.dropout
+        self.dropout = nn.Dropout(config.dropout)
+        bound = 1 / math.sqrt(in_dims)
+        self.lora_a = mx.random.uniform(-bound, bound, (in_dims, config.rank), key=key)
+        self.lora_b = mx.zeros((config.rank, out_dims))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (..., in) → (..., out)."""
+        output = self.linear(x)
+        update = (self.dropout(x) @ self.lora_a) @ self.lora_b
+        return output + (self.scale * update).astype(output.dtype)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What `add_lora` attached."""
+
+    config: LoRAConfig
+    module_names: tuple[str, ...]  # paths of the adapted modules
+    trainable: int  # numbers that training may change
+    total: int  # numbers in the network, the adapter included
+
+    @property
+    def percent(self) -> float:
+        """Trainable share of all numbers, in percent."""
+        return 100 * self.trainable / self.total
+
+    def __str__(self) -> str:
+        return (
+            f"LoRA rank {self.config.rank}, scale {self.config.scale:g} on "
+            f"{len(self.module_names)} modules: {self.trainable:,} of {self.total:,} "
+            f"numbers train ({self.percent:.2f} %)"
+        )
+
+
+def linear_dims(linear: nn.Linear | nn.QuantizedLinear) -> tuple[int, int]:
+    """(in, out) of a linear layer; a quantised one packs several columns into a word."""
+    out_dims, in_dims = linear.weight.shape
+    if isinstance(linear, nn.QuantizedLinear):
+        in_dims = in_dims * 32 // linear.bits
+    return in_dims, out_dims
+
+
+def add_lora(model: nn.Module, config: LoRAConfig | None = None) -> Adapter:
+    """Freeze the network, then attach an adapter to its linear layers.
+
+    An adapter that is already there is removed first, so that a notebook cell can run twice.
+
+    Raises:
+        ConfigError: a target matches nothing, or num_layers exceeds the layers; the network is
+            then left as it was.
+    """
+    config = config or LoRAConfig()
+    chosen = find_targets(model, config)
+    remove_lora(model)
+    model.freeze()
+    root = mx.random.key(config.seed)
+    adapted = []
+    for path in chosen:
+        linear = _at(model, path)
+        adapted.append((path, LoRALinear(linear, config, _key_for(root, path))))
+    model.update_modules(tree_unflatten(adapted))
+    mx.eval(model.trainable_parameters())
+    return Adapter(config, tuple(chosen), *count_parameters(model))
+
+
+def remove_lora(model: nn.Module) -> int:
+    """Put the plain layers back, without the adapter's update; returns how many there were."""
+    wrapped = [(path, m.linear) for path, m in model.named_modules() if isinstance(m, LoRALinear)]
+    model.update_modules(tree_unflatten(wrapped))
+    return len(wrapped)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) numbers; a quantised weight counts what it stands for."""
+    trainable = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+    total = sum(array.size for _, array in tree_flatten(model.parameters()))
+    for _, module in model.named_modules():
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            total += module.weight.size * (32 // module.bits - 1)
+            total -= sum(module[name].size for name in ("scales", "biases") if name in module)
+    return trainable, total
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Paths of the linear layers that the configuration names.
+
+    Raises:
+        ConfigError: a name matches nothing; lists what there is.
+    """
+    layers_path, num_layers = find_layers(model)
+    if config.num_layers is not None and config.num_layers > num_layers:
+        raise ConfigError(f"num_layers {config.num_layers} exceeds the model's {num_layers} layers")
+    first = num_layers - (config.num_layers or num_layers)
+    candidates: dict[str, str] = {}  # path → name inside its layer
+    for path, module in model.named_modules():
+        # An adapted layer stands for the plain one inside it.
+        if not isinstance(module, nn.Linear | nn.QuantizedLinear | LoRALinear):
+            continue
+        within = path.removeprefix(f"{layers_path}.")
+        number, _, name = within.partition(".")
+        is_inner = path.endswith(".linear") and isinstance(_at(model, path[:-7]), LoRALinear)
+        if within != path and not is_inner and int(number) >= first:
+            candidates[path] = name
+    wanted = config.target_modules
+    if wanted == ALL_LINEAR:
+        return _in_order(candidates)
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    _require_matches(wanted, candidates)
+    return _in_order(p for p, name in candidates.items() if any(_matches(name, w) for w in wanted))
+
+
+def _in_order(paths) -> list[str]:
+    found = sorted(paths, key=lambda path: [int(p) if p.isdigit() else -1 for p in path.split(".")])
+    if not found:
+        raise ConfigError("this model has no linear layers to adapt")
+    return found
+
+
+def _matches(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _require_matches(wanted: list[str], candidates: dict[str, str]) -> None:
+    unmatched = [w for w in wanted if not any(_matches(n, w) for n in candidates.values())]
+    if unmatched:
+        there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in candidates.values()))
+        raise ConfigError(
+            f"target_modules {unmatched} match nothing",
+            cure=f"This model has {there}; or use {ALL_LINEAR!r}.",
+        )
+
+
+def find_layers(model: nn.Module) -> tuple[str, int]:
+    """Path of the network's list of layers, and how many there are.
+
+    Raises:
+        ConfigError: it is at none of the places that are known.
+    """
+    for path in LAYER_PATHS:
+        place: object = model
+        for part in path.split("."):
+            place = place.get(part) if isinstance(place, dict) else None
+        if isinstance(place, list) and place:
+            return path, len(place)
+    raise ConfigError(
+        f"cannot find the layers of a {type(model).__name__}",
+        cure=f"Looked for a list of modules at {', '.join(LAYER_PATHS)}.",
+    )
+
+
+def _at(model: nn.Module, path: str) -> nn.Module:
+    place = model
+    for part in path.split("."):
+        place = place[int(part)] if isinstance(place, list) else place[part]
+    return place
+
+
+def _key_for(root: mx.array, path: str) -> mx.array:
+    # From the path, not from a count: the same layer starts alike whatever else is adapted.
+    number = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8])
+    seed = root.tolist()
+    return mx.random.key((number ^ ((seed[0] << 32) | seed[1])) & ((1 << 64) - 1))

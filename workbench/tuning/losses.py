@@ -1,0 +1,92 @@
+"""The shift, the mask and cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from workbench.data.batches import Batch, collate
+from workbench.data.examples import Example
+
+LossFunction = Callable[[nn.Module, Batch], mx.array]  # → sum over the supervised targets
+
+
+def next_token_pairs(tokens, mask):
+    """The one place where the shift stands: logits at t are trained against the token at t + 1.
+
+    Args:
+        tokens: (B, T) ids.
+        mask: (B, T), whether token t is a target.
+
+    Returns:
+        inputs, targets, loss_mask, each (B, T - 1).
+    """
+    return tokens[:, :-1], tokens[:, 1:], mask[:, 1:]
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """-log softmax(logits)[target], in float32: logits (..., V), targets (...) → (...)."""
+    return nn.losses.cross_entropy(logits.astype(mx.float32), targets, reduction="none")
+
+
+def plain_loss(model: nn.Module, batch: Batch) -> mx.array:
+    """Sum of cross-entropy over the supervised targets: the readable form.
+
+    Computes logits at every position, then weighs by the mask. The caller divides by
+    `batch.num_tokens`, once, after summing over micro-batches.
+    """
+    inputs, targets, loss_mask = next_token_pairs(mx.array(batch.tokens), mx.array(batch.loss_mask))
+    losses = cross_entropy(_logits(model(inputs)), targets)  # (B, T - 1)
+    return (losses * loss_mask).sum()
+
+
+def supervised_loss(model: nn.Module, batch: Batch) -> mx.array:
+    """The same sum, with logits at the supervised positions only.
+
+    For models that part into `backbone` and `head`; the head and the softmax over the vocabulary
+    are a third of the work, and in a chat most positions are not supervised.
+    """
+    inputs, targets, loss_mask = next_token_pairs(batch.tokens, batch.loss_mask)
+    hidden_states = model.backbone(mx.array(inputs))  # (B, T - 1, D)
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    supervised = np.flatnonzero(loss_mask)
+    logits = model.head(flat[mx.array(supervised)])  # (supervised, V)
+    return cross_entropy(logits, mx.array(targets.reshape(-1)[supervised])).sum()
+
+
+def default_loss(model: nn.Module) -> LossFunction:
+    """`supervised_loss` if the model parts into backbone and head, else `plain_loss`."""
+    parts = callable(getattr(model, "backbone", None)) and callable(getattr(model, "head", None))
+    return supervised_loss if parts else plain_loss
+
+
+def mean_loss(
+    model: nn.Module,
+    examples: Sequence[Example],
+    batch_size: int,
+    loss_fn: LossFunction | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Mean cross-entropy in nats over all supervised targets, dropout off; None if stopped."""
+    loss_fn, total, num_tokens = loss_fn or default_loss(model), 0.0, 0
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(examples)), key=lambda row: len(examples[row]))
+    try:
+        for start in range(0, len(order), batch_size):
+            if stop():
+                return None
+            batch = collate(examples, order[start : start + batch_size])
+            total += loss_fn(model, batch).item()
+            num_tokens += batch.num_tokens
+    finally:
+        model.train(was_training)
+    return total / num_tokens if num_tokens else None
+
+
+def _logits(output) -> mx.array:
+    # Some models return (logits, …).
+    return output[0] if isinstance(output, tuple | list) else output

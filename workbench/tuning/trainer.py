@@ -1,0 +1,249 @@
+"""The step and the loop. Training yields; callers observe."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
+
+from workbench.backend import default_cache_limit
+from workbench.data.batches import Batch, BatchPlan, collate
+from workbench.data.datasets import Dataset
+from workbench.errors import DataError, TrainingError
+from workbench.models.loading import BaseModel, embedding_rows
+from workbench.probes.memory import read_memory
+from workbench.probes.numerics import not_finite
+from workbench.runs.store import RunFolder, as_config
+from workbench.tuning.config import StepReport, TrainConfig
+from workbench.tuning.gradients import clip_by_global_norm
+from workbench.tuning.interrupts import DeferredInterrupt
+from workbench.tuning.losses import LossFunction, default_loss, mean_loss
+from workbench.tuning.schedules import learning_rate_at
+
+CHECKED_ARRAYS = 5  # names of bad gradients that an error lists
+
+
+class Trainer:
+    """Trains whatever is not frozen in a model.
+
+    Iterate over it: each item is a `StepReport` of an update that has been made. Leaving the loop
+    and coming back goes on with the next step. `reports`, the metrics on disk and the weights
+    always agree: an interrupt waits for the step to finish.
+
+    Args:
+        base: a loaded model, with its adapter attached.
+        data: a `Dataset`; its `valid` part is used for validation.
+        config: how to train.
+        run_dir: a new folder for the configuration and the metrics; None writes nothing.
+        loss_fn: (model, batch) → sum of the loss over the batch's supervised targets.
+
+    Raises:
+        TrainingError: nothing is trainable.
+        DataError: no rows, or token ids that the embedding does not have.
+        RunError: the run folder is used already, or not writable.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        data: Dataset,
+        config: TrainConfig | None = None,
+        run_dir: str | os.PathLike | None = None,
+        loss_fn: LossFunction | None = None,
+    ):
+        self.base, self.data, self.config = base, data, config or TrainConfig()
+        self.model = base.model
+        if not tree_flatten(self.model.trainable_parameters()):
+            raise TrainingError("nothing is trainable", cure="Attach an adapter: wb.add_lora(…).")
+        _check_tokens(data, embedding_rows(base.model, base.config))
+        self.plan = BatchPlan(
+            tuple(map(len, data.train)),
+            self.config.micro_batch_size,
+            self.config.grad_accum_steps,
+            self.config.seed,
+        )
+        self.total_steps = self.config.steps or self.config.epochs * self.plan.steps_per_epoch
+        self.optimizer = optim.AdamW(
+            learning_rate=0.0,  # set anew at every step
+            betas=list(self.config.adam_betas),
+            eps=self.config.adam_epsilon,
+            weight_decay=self.config.weight_decay,
+            bias_correction=True,
+        )
+        self.optimizer.init(self.model.trainable_parameters())
+        self.loss_fn = loss_fn or default_loss(self.model)
+        self.reports: list[StepReport] = []
+        self._loss_and_grad = nn.value_and_grad(self.model, self.loss_fn)
+        self._peak_started = False
+        config_on_disk = as_config(train=self.config, model=base.name, data=data.name)
+        self.run = RunFolder(run_dir, config_on_disk) if run_dir is not None else None
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer updates made so far."""
+        return len(self.reports)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step has been made."""
+        return self.steps_done >= self.total_steps
+
+    def __iter__(self) -> Iterator[StepReport]:
+        with cache_limit(self.config.cache_limit_bytes):
+            while not self.finished:
+                yield self.step()
+
+    def step(self) -> StepReport:
+        """Make one optimizer update; returns its report.
+
+        Raises:
+            TrainingError: loss or gradients are not finite, the optimizer failed, or all steps
+                have been made. Weights, optimizer state and step count are those before the step.
+        """
+        if self.finished:
+            raise TrainingError(f"all {self.total_steps} steps have been made")
+        if not self._peak_started:
+            mx.reset_peak_memory()
+            self._peak_started = True
+        with DeferredInterrupt() as interrupt:
+            report = self._update()
+            if self._validates_after(report.step):
+                report = dataclasses.replace(report, valid_loss=self.validate(interrupt))
+            self.reports.append(report)
+            if self.run is not None:
+                self.run.append(dataclasses.asdict(report))
+        return report
+
+    def validate(self, interrupt: DeferredInterrupt | None = None) -> float | None:
+        """Mean cross-entropy over the validation targets; None if interrupted on the way."""
+        return mean_loss(
+            self.model,
+            self.data.valid,
+            self.config.micro_batch_size,
+            self.loss_fn,
+            stop=lambda: interrupt is not None and interrupt.requested,
+        )
+
+    def _validates_after(self, step: int) -> bool:
+        every = self.config.valid_every
+        due = step == self.total_steps or (every and step % every == 0)
+        return bool(self.data.valid) and due
+
+    def _update(self) -> StepReport:
+        started, step = time.perf_counter(), self.steps_done
+        batches = [collate(self.data.train, rows) for rows in self.plan.micro_batches(step)]
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        loss_sum, gradients = self._accumulate(batches, step)
+        loss = loss_sum / num_tokens
+        gradients = tree_map(lambda g: g / num_tokens, gradients)
+        clipped, norm = clip_by_global_norm(gradients, self.config.max_grad_norm)
+        _require_finite(loss, norm, gradients, step + 1, batches)
+        rate = self.learning_rate(step)
+        self._apply(clipped, loss, rate, step + 1)
+        seconds, clip_at = time.perf_counter() - started, self.config.max_grad_norm
+        num_input_tokens = sum(batch.tokens[:, 1:].size for batch in batches)
+        return StepReport(
+            step=step + 1,
+            total_steps=self.total_steps,
+            epoch=step // self.plan.steps_per_epoch + 1,
+            loss=loss.item(),
+            num_tokens=num_tokens,
+            num_input_tokens=num_input_tokens,
+            learning_rate=rate,
+            grad_norm=norm.item(),
+            clipped_grad_norm=min(norm.item(), clip_at) if clip_at else norm.item(),
+            step_seconds=seconds,
+            tokens_per_second=num_input_tokens / seconds,
+            **dataclasses.asdict(read_memory()),
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        return learning_rate_at(
+            step,
+            schedule=self.config.schedule,
+            peak=self.config.learning_rate,
+            floor=self.config.min_learning_rate,
+            warmup_steps=self.config.warmup_steps,
+            total_steps=self.total_steps,
+        )
+
+    def _accumulate(self, batches: Sequence[Batch], step: int) -> tuple[mx.array, dict]:
+        """Sums of loss and gradients over micro-batches; each is evaluated before the next."""
+        mx.random.seed(_step_seed(self.config.seed, step))  # dropout: from (seed, step) alone
+        self.model.train()
+        total, gradients = mx.array(0.0), None
+        try:
+            for batch in batches:
+                loss, new = self._loss_and_grad(self.model, batch)
+                gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+                total = total + loss
+                mx.eval(total, gradients)
+        finally:
+            self.model.eval()
+        return total, gradients
+
+    def _apply(self, gradients: dict, loss: mx.array, rate: float, step: int) -> None:
+        """Update the parameters, or leave everything as it was and raise."""
+        before = self.model.trainable_parameters(), tree_map(lambda x: x, self.optimizer.state)
+        try:
+            self.optimizer.learning_rate = rate
+            self.optimizer.update(self.model, gradients)
+            mx.eval(self.model.trainable_parameters(), self.optimizer.state, loss)
+            bad = not_finite(self.model.trainable_parameters())
+            if bad:
+                raise TrainingError(f"the optimizer made {bad[0]} not finite")
+        except Exception as error:
+            self.model.update(before[0])
+            self.optimizer.state = before[1]
+            raise TrainingError(
+                f"the optimizer failed at step {step} ({error})",
+                cure="The weights are those before the step.",
+            ) from error
+
+
+@contextlib.contextmanager
+def cache_limit(limit: int | None) -> Iterator[None]:
+    """Bound what MLX's allocator keeps for reuse; the old bound comes back afterwards."""
+    previous = mx.set_cache_limit(default_cache_limit() if limit is None else limit)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(previous)
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return ((seed & 0xFFFFFFFF) << 32) | (step & 0xFFFFFFFF)
+
+
+def _check_tokens(data: Dataset, vocab_size: int) -> None:
+    for example in [*data.train, *data.valid]:
+        if example.tokens.min() < 0 or example.tokens.max() >= vocab_size:
+            raise DataError(
+                f"token id {int(example.tokens.max())} is outside the vocabulary of {vocab_size}",
+                where=example.where,
+                cure="Tokenise the data with this model's own tokenizer.",
+            )
+
+
+def _require_finite(
+    loss: mx.array, norm: mx.array, gradients: dict, step: int, batches: Sequence[Batch]
+) -> None:
+    mx.eval(loss, norm)
+    if math.isfinite(loss.item()) and math.isfinite(norm.item()):
+        return
+    rows = ", ".join(str(row) for batch in batches for row in batch.rows)
+    bad = ", ".join(not_finite(gradients)[:CHECKED_ARRAYS]) or "none"
+    raise TrainingError(
+        f"step {step} gave loss {loss.item()} and gradient norm {norm.item()} "
+        f"(rows {rows}; gradients that are not finite: {bad})",
+        cure="The step was not made. Lower the learning rate, or look at these rows.",
+    )
