@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import workbench as wb  # isort: split
 
 import mlx.core as mx
 import pytest
 
 from tests.toy import save_toy_folder, toy_base, toy_tokenizer
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(items):

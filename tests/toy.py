@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from workbench.data.datasets import Dataset
+from workbench.data.examples import Example
 from workbench.models.llama import Llama, LlamaConfig
 from workbench.models.loading import BaseModel, save_weights
 from workbench.models.report import compare
@@ -84,3 +88,31 @@ def save_toy_folder(folder: Path, seed: int = 0, **changes: object) -> Path:
     save_weights(base.model, folder / "model.safetensors")
     base.tokenizer.save_pretrained(folder)
     return folder
+
+
+def conversation(*texts: str) -> dict[str, list]:
+    """A chat row: user and assistant in turn."""
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
+    """A row a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def toy_examples(lengths: Sequence[int], seed: int = 0, prompt: int = 2) -> list[Example]:
+    """Random tokens; all but the first `prompt` of them are targets."""
+    random = np.random.default_rng(seed)
+    examples = []
+    for row, length in enumerate(lengths):
+        tokens = random.integers(len(SPECIAL), VOCAB_SIZE, length, dtype=np.int32)
+        examples.append(Example(tokens, np.arange(length) >= prompt, f"toy row {row}"))
+    return examples
+
+
+def toy_dataset(lengths: Sequence[int], valid: Sequence[int] = (), seed: int = 0) -> Dataset:
+    """A data set of `toy_examples` of these lengths."""
+    return Dataset("toy", toy_examples(lengths, seed), toy_examples(valid, seed + 1))

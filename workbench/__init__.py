@@ -13,12 +13,14 @@ from workbench.data.datasets import load_dataset
 from workbench.evaluation.generation import generate, stream
 from workbench.evaluation.scoring import ask_capitals
 from workbench.export.adapters import load_adapter, save_adapter
+from workbench.live.answers import accuracy_table, draw_accuracy
+from workbench.live.chart import TrainingChart
 from workbench.models.loading import load_model, load_weights, save_weights
 from workbench.probes.memory import read_memory
 from workbench.probes.parameters import changed, fingerprint
 from workbench.runs.store import new_run, read_metrics
 from workbench.tuning.config import StepReport, TrainConfig
-from workbench.tuning.lora import LoRAConfig, add_lora, remove_lora
+from workbench.tuning.lora import LoRAConfig, adapter_disabled, add_lora, remove_lora
 from workbench.tuning.trainer import Trainer
 
 __all__ = [
@@ -26,11 +28,15 @@ __all__ = [
     "StepReport",
     "TrainConfig",
     "Trainer",
+    "TrainingChart",
+    "accuracy_table",
+    "adapter_disabled",
     "add_lora",
     "all_capitals",
     "ask_capitals",
     "changed",
     "describe_backend",
+    "draw_accuracy",
     "fingerprint",
     "generate",
     "load_adapter",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class WorkbenchError(ValueError):
     """Base of every error that a user of the workbench can cause or cure.
@@ -60,3 +62,17 @@ class RunError(WorkbenchError):
 
 class BackendWarning(UserWarning):
     """MLX will work on this machine, but far below its speed."""
+
+
+def check_whole(name: str, value: object, smallest: int) -> None:
+    """Raise ConfigError unless a setting is a whole number from `smallest`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+        raise ConfigError(f"{name} must be a whole number from {smallest}, got {value!r}")
+
+
+def check_number(name: str, value: object, smallest: float = -math.inf) -> None:
+    """Raise ConfigError unless a setting is a finite number from `smallest`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < smallest:
+        floor = "finite" if smallest == -math.inf else f"finite, from {smallest:g}"
+        raise ConfigError(f"{name} must be a number, {floor}; got {value!r}")

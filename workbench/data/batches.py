@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from workbench.data.examples import Example
-from workbench.errors import ConfigError, DataError
+from workbench.errors import DataError, check_whole
 
 PAD_ID = 0  # padding is never a target and, being on the right, is seen by no earlier token
 
@@ -56,8 +56,7 @@ class BatchPlan:
 
     def __post_init__(self):
         for name in ("micro_batch_size", "grad_accum_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_whole(name, getattr(self, name), 1)
         if not self.lengths:
             raise DataError("the data set has no training rows")
 

@@ -19,13 +19,13 @@ from workbench.data.capitals import (
     capital_rows,
 )
 from workbench.data.examples import Example, encode_row, read_rows
-from workbench.errors import ConfigError, DataError
+from workbench.errors import ConfigError, DataError, check_number, check_whole
 
 SPLITS = ("train", "valid", "test")
 Rows = Iterable[tuple[str, Mapping[str, object]]]  # (place, row)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """Tokenised examples, split for training, validation and test."""
 
@@ -47,6 +47,8 @@ class Dataset:
             parts.append(f"{split} {len(examples)} rows, {tokens} tokens, {targets} supervised")
         cut = f"; {self.truncated} rows were cut to max_length" if self.truncated else ""
         return f"{self.name}: {'; '.join(parts)}{cut}"
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
@@ -77,9 +79,11 @@ def load_dataset(
         DataError: nothing there, or a row that cannot be trained on; names the line.
         ConfigError: a setting is out of range.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1 row, got {limit}")
-    if not 0 <= valid_fraction < 1:
+    if limit is not None:
+        check_whole("limit", limit, 1)
+    check_whole("seed", seed, 0)
+    check_number("valid_fraction", valid_fraction, 0)
+    if valid_fraction >= 1:
         raise ConfigError(f"valid_fraction must be in [0, 1), got {valid_fraction}")
     rows = _capitals(limit) if source == "capitals" else _from_disk(source, valid_fraction, seed)
     rows["train"] = rows["train"][:limit]

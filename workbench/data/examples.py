@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from workbench.errors import ConfigError, DataError
+from workbench.errors import ConfigError, DataError, check_whole
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TRAIN_ON = ("assistant", "last", "all")
@@ -98,8 +98,7 @@ def encode_row(
     """
     if train_on not in TRAIN_ON:
         raise ConfigError(f"train_on {train_on!r} is unknown", cure=f"Use one of {TRAIN_ON}.")
-    if max_length < 2:
-        raise ConfigError(f"max_length must be at least 2 tokens, got {max_length}")
+    check_whole("max_length", max_length, 2)
     if "messages" in row or "prompt" in row or "completion" in row:
         text, spans = _chat_text(row, tokenizer, train_on, where)
         tokens, loss_mask = _encode_spans(text, spans, tokenizer)
@@ -112,7 +111,7 @@ def encode_row(
             where=where,
             cure="Use 'messages', 'prompt' and 'completion', or 'text'.",
         )
-    truncated = len(tokens) > max_length
+    truncated = bool(loss_mask[max_length:].any())  # white space of the template is no loss
     targets = np.flatnonzero(loss_mask[:max_length])
     # What follows the last target trains nothing, and under a causal mask changes nothing.
     end = targets[-1] + 1 if len(targets) else 0
@@ -131,6 +130,10 @@ def _string(row: Mapping[str, object], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise DataError(f"{key!r} must be a string, got {type(value).__name__}", where=where)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{key!r} holds half of a surrogate pair", where=where) from None
     return value
 
 
@@ -145,20 +148,26 @@ def _chat_text(
     row: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, train_on: str, where: str
 ) -> tuple[str, list[tuple[int, int]]]:
     """The chat as one string, and the character ranges that are trained."""
-    messages = _messages(row, where)
+    messages = check_messages(row["messages"], where) if "messages" in row else _pair(row, where)
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise DataError("'tools' must be a list", where=where)
-    text = _render(tokenizer, messages, tools, where)
+    text = render_chat(tokenizer, messages, tools, where)
     if train_on == "all":
         return text, [(0, len(text))]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on == "last":
         turns = [i for i in turns if i == len(messages) - 1]
+    if turns[:1] == [0]:
+        raise DataError(
+            "begins with an assistant turn, which answers nothing",
+            where=where,
+            cure="Begin with a user or system message, or use train_on='last' or 'all'.",
+        )
     spans = []
     for turn in turns:
-        before = _render(tokenizer, messages[:turn], tools, where, add_generation_prompt=True)
-        after = _render(tokenizer, messages[: turn + 1], tools, where)
+        before = render_chat(tokenizer, messages[:turn], tools, where, add_generation_prompt=True)
+        after = render_chat(tokenizer, messages[: turn + 1], tools, where)
         if not (after.startswith(before) and text.startswith(after.rstrip())):
             raise DataError(
                 f"the chat template rewrites turn {turn}, so its targets cannot be told",
@@ -170,18 +179,20 @@ def _chat_text(
     return text, spans
 
 
-def _messages(row: Mapping[str, object], where: str) -> list[Mapping[str, object]]:
-    if "messages" not in row:
-        return [
-            {"role": "user", "content": _string(row, "prompt", where)},
-            {"role": "assistant", "content": _string(row, "completion", where)},
-        ]
-    messages = row["messages"]
+def _pair(row: Mapping[str, object], where: str) -> list[dict[str, object]]:
+    return [
+        {"role": "user", "content": _string(row, "prompt", where)},
+        {"role": "assistant", "content": _string(row, "completion", where)},
+    ]
+
+
+def check_messages(messages: object, where: str) -> list[Mapping[str, object]]:
+    """The messages of a chat, each with a known role and a text; raises DataError otherwise."""
     if not isinstance(messages, list) or not messages:
         raise DataError("'messages' must be a list with at least one message", where=where)
     for number, message in enumerate(messages):
         place = f"{where}, message {number}"
-        if not isinstance(message, dict):
+        if not isinstance(message, Mapping):
             raise DataError(f"must be an object, got {type(message).__name__}", where=place)
         if message.get("role") not in ROLES:
             raise DataError(
@@ -194,13 +205,18 @@ def _messages(row: Mapping[str, object], where: str) -> list[Mapping[str, object
     return messages
 
 
-def _render(
+def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, object]],
     tools: list | None,
     where: str,
     add_generation_prompt: bool = False,
 ) -> str:
+    """The chat as the model's template writes it.
+
+    Raises:
+        DataError: there is no template, or it refuses the chat.
+    """
     if not tokenizer.chat_template:
         raise DataError(
             "a chat or completion needs a chat template, and this tokenizer has none",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from workbench.errors import ConfigError, DataError
+from workbench.data.examples import check_messages, render_chat
+from workbench.errors import ConfigError, DataError, check_number, check_whole
 from workbench.models.llama import Llama
 from workbench.models.loading import BaseModel, embedding_rows
 
@@ -27,10 +29,10 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature must be 0 or more, got {self.temperature}")
+        check_whole("max_tokens", self.max_tokens, 1)
+        check_whole("seed", self.seed, 0)
+        check_number("temperature", self.temperature, 0)
+        check_number("top_p", self.top_p, 0)
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
 
@@ -60,12 +62,13 @@ def generate(
     """
     if is_single(prompts):
         return generate(base, [prompts], batch_size=batch_size, **settings)[0]
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole("batch_size", batch_size, 1)
     sampling = SamplingConfig(**settings)
     encoded = [encode_prompt(base, prompt) for prompt in prompts]
     answers: list[list[int]] = [[] for _ in encoded]
-    for rows in _batches(base.model, [len(ids) for ids in encoded], batch_size):
+    longest = _room(base) - sampling.max_tokens
+    lengths = [len(ids) for ids in encoded]
+    for rows in _batches(lengths, batch_size, longest if isinstance(base.model, Llama) else 0):
         for step in generate_tokens(base, [encoded[row] for row in rows], sampling):
             for row, token in zip(rows, step):
                 if token is not None:
@@ -96,19 +99,20 @@ def encode_prompt(base: BaseModel, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, ready for the model's answer.
 
     Raises:
-        DataError: no tokens, too many, or ids that the embedding does not have.
+        DataError: no tokens, too many, or ids that the embedding does not have; or a chat that
+            the template refuses.
     """
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    check_messages(chat, "prompt")
     if isinstance(prompt, str) and not base.tokenizer.chat_template:
         ids = base.tokenizer.encode(prompt)
     else:
-        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        text = base.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        text = render_chat(base.tokenizer, chat, None, "prompt", add_generation_prompt=True)
         ids = base.tokenizer.encode(text, add_special_tokens=False)
     check_ids(ids, embedding_rows(base.model, base.config))
-    limit = getattr(base.config, "max_position_embeddings", None) or len(ids) + 1
-    if len(ids) >= limit:
+    if len(ids) >= _room(base):
         raise DataError(
-            f"the prompt has {len(ids)} tokens, the model has room for {limit}",
+            f"the prompt has {len(ids)} tokens, the model has room for {_room(base)}",
             cure="Shorten the prompt.",
         )
     return ids
@@ -135,8 +139,7 @@ def generate_tokens(
     for other models the prompts must be of one length.
     """
     longest = max(len(ids) for ids in prompts)
-    limit = getattr(base.config, "max_position_embeddings", None)
-    num_steps = min(sampling.max_tokens, limit - longest) if limit else sampling.max_tokens
+    num_steps = min(sampling.max_tokens, _room(base) - longest)
     decode = _Decoder(base.model, prompts, capacity=longest + num_steps)
     key = mx.random.key(sampling.seed)
     ended = [False] * len(prompts)
@@ -216,13 +219,22 @@ class _Decoder:
         return self.model(tokens, cache=self.cache)[:, -1]
 
 
-def _batches(model: nn.Module, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers that are decoded together: neighbours in length, of one length if need be."""
+def _room(base: BaseModel) -> int:
+    """Positions that the model has, for prompt and answer together."""
+    return getattr(base.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def _batches(lengths: Sequence[int], batch_size: int, paddable: int) -> Iterator[list[int]]:
+    """Row numbers that are decoded together: neighbours in length.
+
+    Rows are padded to at most `paddable` tokens: beyond it, padding would take away positions that
+    an answer may need, and rows share a batch only with their equals.
+    """
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     batch: list[int] = []
     for row in order:
-        differs = batch and lengths[row] != lengths[batch[0]] and not isinstance(model, Llama)
-        if differs or len(batch) == batch_size:
+        differs = batch and lengths[row] != lengths[batch[0]]
+        if (differs and lengths[row] > paddable) or len(batch) == batch_size:
             yield batch
             batch = []
         batch.append(row)

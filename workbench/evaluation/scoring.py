@@ -12,6 +12,9 @@ from workbench.data.capitals import Capital
 from workbench.evaluation.generation import generate
 from workbench.models.loading import BaseModel
 
+# The typewriter's, quotation marks used for it, and the Hawaiian and Tongan okina.
+NO_APOSTROPHES = str.maketrans("", "", "'`\u2018\u2019\u02bb\u02bc")
+
 
 def contains_answer(text: str, accepted: Sequence[str]) -> bool:
     """Whether one of the accepted answers stands in the text, as whole words.
@@ -23,7 +26,7 @@ def contains_answer(text: str, accepted: Sequence[str]) -> bool:
 
 
 def _normalise(text: str) -> str:
-    decomposed = unicodedata.normalize("NFKD", text.replace("'", "").replace("\u2019", ""))
+    decomposed = unicodedata.normalize("NFKD", text.translate(NO_APOSTROPHES))
     plain = "".join(letter for letter in decomposed if not unicodedata.combining(letter))
     return " ".join(re.findall(r"\w+", plain.casefold()))
 

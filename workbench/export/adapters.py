@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from workbench.errors import ConfigError, WeightsError
+from workbench.errors import ConfigError, FileFormatError, WeightsError
 from workbench.models.files import read_json, read_safetensors, write_json, write_safetensors
 from workbench.models.loading import BaseModel
 from workbench.models.report import compare
@@ -53,8 +54,18 @@ def save_adapter(base: BaseModel, folder: str | os.PathLike) -> Path:
     if not weights:
         raise ConfigError("no adapter is attached", cure="Attach one: wb.add_lora(base.model).")
     _require_finite(weights, "the adapter")
-    write_safetensors(folder / WEIGHTS_NAME, weights)
-    write_json(folder / CONFIG_NAME, _describe(base))
+    description = _describe(base)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as staging:
+            write_safetensors(Path(staging, WEIGHTS_NAME), weights)
+            write_json(Path(staging, CONFIG_NAME), description)
+            # Killed between the two, this leaves a folder that does not load, never a mixture.
+            (folder / CONFIG_NAME).unlink(missing_ok=True)
+            os.replace(Path(staging, WEIGHTS_NAME), folder / WEIGHTS_NAME)
+            os.replace(Path(staging, CONFIG_NAME), folder / CONFIG_NAME)
+    except OSError as error:
+        raise FileFormatError(f"cannot be written ({error.strerror})", where=folder) from error
     return folder
 
 
@@ -122,7 +133,7 @@ def _read_config(path: Path) -> LoRAConfig:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"lora_parameters.{name} must be a number, got {value!r}", where=path)
-    keys = parameters.get("keys", ALL_LINEAR)
+    keys = ALL_LINEAR if parameters.get("keys") is None else parameters["keys"]
     if keys != ALL_LINEAR and not _is_list_of_names(keys):
         raise ConfigError("lora_parameters.keys must be a list of module names", where=path)
     return LoRAConfig(

@@ -93,7 +93,7 @@ def _load_gguf(path: Path, dtype: mx.Dtype | None, tokenizer: object) -> BaseMod
         checkpoint.weights,
         source=str(path),
         file_dtypes=checkpoint.file_dtypes,
-        notes=[f"dequantised from {', '.join(checkpoint.kinds)}"],
+        notes=[f"converted from {', '.join(checkpoint.kinds)}"],
     )
     return BaseModel(model, words, config, report, "", path, checkpoint.config)
 
@@ -187,8 +187,9 @@ def _dequantise(
             plain[name] = tensor
         elif kind == "weight":
             scales, biases = weights[f"{path}.scales"], weights.get(f"{path}.biases")
+            settings = _settings(quantization, path)
             try:
-                plain[name] = mx.dequantize(tensor, scales, biases, **_settings(quantization, path))
+                plain[name] = mx.dequantize(tensor, scales, biases, **settings)
             except ValueError as error:
                 raise FileFormatError(f"cannot be dequantised ({error})", where=name) from None
     return plain

@@ -35,7 +35,7 @@ class TensorRecord:
         return f"{self.name} ({self.file_dtype})" if self.status == WRONG_DTYPE else self.name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadReport:
     """Every tensor: loaded, missing, unexpected, ignored, or of the wrong shape or dtype."""
 
@@ -106,6 +106,8 @@ class LoadReport:
         size = f"{self.total_bytes / 1e6:.1f} MB"
         return "; ".join([f"{verdict}: {', '.join(shown)}, {size} in memory", *self.notes])
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         import html
 
@@ -141,25 +143,23 @@ def compare(
         tensor = found.get(name)
         if tensor is None:
             records.append(TensorRecord(name, MISSING, tuple(parameter.shape)))
-            continue
-        status = _status(parameter, tensor, same_dtype)
-        records.append(
-            TensorRecord(
-                name,
-                status,
-                tuple(parameter.shape),
-                tuple(tensor.shape),
-                file_dtypes.get(name, _dtype_name(tensor)),
-                _dtype_name(tensor),
-                tensor.nbytes if status == LOADED else 0,
-            )
-        )
-    for name in found.keys() - expected.keys():
+        else:
+            status = _status(parameter, tensor, same_dtype)
+            file_dtype = file_dtypes.get(name, _dtype_name(tensor))
+            records.append(_record(name, status, tuple(parameter.shape), tensor, file_dtype))
+    for name in sorted(found.keys() - expected.keys()):
         status = IGNORED if ignorable(name) else UNEXPECTED
-        shape, dtype = tuple(found[name].shape), _dtype_name(found[name])
-        records.append(TensorRecord(name, status, None, shape, file_dtypes.get(name, dtype)))
-    records[len(expected) :] = sorted(records[len(expected) :], key=lambda record: record.name)
+        file_dtype = file_dtypes.get(name, _dtype_name(found[name]))
+        records.append(_record(name, status, None, found[name], file_dtype))
     return LoadReport(records, source, notes or [])
+
+
+def _record(
+    name: str, status: str, expected: tuple[int, ...] | None, tensor: mx.array, file_dtype: str
+) -> TensorRecord:
+    shape, loaded = tuple(tensor.shape), status == LOADED
+    dtype, num_bytes = (_dtype_name(tensor), tensor.nbytes) if loaded else ("", 0)
+    return TensorRecord(name, status, expected, shape, file_dtype, dtype, num_bytes)
 
 
 def _status(parameter: mx.array, tensor: mx.array, same_dtype: bool) -> str:

@@ -210,13 +210,12 @@ def _extract(wheel: Path, member: str, target: Path) -> None:
 
 def _fetch_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub's own kinds, and those of its HTTP library
         reason = str(error).strip().split("\n")[0]
         raise SourceError(
             f"{name!r} is no folder, not in the hub cache, and cannot be fetched ({reason})",
             cure="Check the path or id, the network, and for gated models `hf auth login`.",
-        ) from None
+        ) from error

@@ -25,5 +25,6 @@ def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
 
 def _digest(array: mx.array) -> str:
     digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-    digest.update(memoryview(np.array(mx.contiguous(array).view(mx.uint8))))
+    flat = mx.contiguous(array.reshape(-1))  # NumPy has no bfloat16; a scalar has no other view
+    digest.update(memoryview(np.array(flat.view(mx.uint8))))
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -75,11 +76,15 @@ class RunFolder:
         Raises:
             RunError: the line cannot be written.
         """
-        line = json.dumps(metrics, allow_nan=False) + "\n"
+        line = json.dumps(metrics) + "\n"  # NaN, of a validation, stays NaN
+        path = self.folder / METRICS_NAME
+        written = path.stat().st_size if path.exists() else 0
         try:
-            with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
+            with contextlib.suppress(OSError):  # a full disk may hold half of the line
+                os.truncate(path, written)
             raise RunError(
                 f"the metrics of step {metrics.get('step')} cannot be written ({error.strerror})",
                 where=self.folder,
@@ -91,14 +96,20 @@ def read_metrics(folder: str | os.PathLike) -> pd.DataFrame:
     """A run's metrics, one row a step; a last line that is only half written is left out.
 
     Raises:
-        RunError: there are none.
+        RunError: there are none, or a line is damaged.
     """
     path = Path(folder) / METRICS_NAME
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"has no readable {METRICS_NAME} ({error})", where=folder) from None
-    return pd.DataFrame([json.loads(line) for line in lines[:-1]])
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"is damaged ({error})", where=f"{path}:{number}") from None
+    return pd.DataFrame(rows)
 
 
 def as_config(**parts: object) -> dict[str, object]:

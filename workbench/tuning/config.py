@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, check_number, check_whole
 from workbench.tuning.schedules import SCHEDULES
 
 WHOLE_NUMBERS = {  # field: smallest value
@@ -16,6 +15,7 @@ WHOLE_NUMBERS = {  # field: smallest value
     "warmup_steps": 0,
     "valid_every": 0,
     "cache_limit_bytes": 0,
+    "seed": 0,
 }
 NUMBERS = {  # field: smallest value
     "learning_rate": 0.0,
@@ -43,27 +43,30 @@ class TrainConfig:
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_epsilon: float = 1e-8
     valid_every: int = 0  # steps between validations; 0: after the last step only
-    cache_limit_bytes: int | None = None  # memory that MLX may keep for reuse; None: a third of all
+    cache_limit_bytes: int | None = None  # kept by MLX for reuse; None: default_cache_limit()
     seed: int = 0  # of the order and of dropout
 
     def __post_init__(self):
         for name, smallest in WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if value is None and name in ("steps", "cache_limit_bytes"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ConfigError(f"{name} must be a whole number from {smallest}, got {value!r}")
+            if value is not None or name not in ("steps", "cache_limit_bytes"):
+                check_whole(name, value, smallest)
         for name, smallest in NUMBERS.items():
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or value < smallest:
-                raise ConfigError(f"{name} must be a number from {smallest:g}, got {value!r}")
+            check_number(name, getattr(self, name), smallest)
         if self.schedule not in SCHEDULES:
             raise ConfigError(
                 f"unknown schedule {self.schedule!r}", cure=f"Use one of {SCHEDULES}."
             )
-        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+        if not _are_betas(self.adam_betas):
             raise ConfigError(f"adam_betas must be two numbers in [0, 1), got {self.adam_betas!r}")
+
+
+def _are_betas(betas: object) -> bool:
+    return (
+        isinstance(betas, tuple | list)
+        and len(betas) == 2
+        and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
+    )
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,13 @@ def clip_by_global_norm(gradients: dict, max_norm: float) -> tuple[dict, mx.arra
     Returns:
         The gradients, and the norm before clipping. A `max_norm` of 0 does not clip.
     """
-    squares = tree_reduce(lambda sum_, g: sum_ + g.square().sum(), gradients, mx.array(0.0))
+    squares = tree_reduce(lambda sum_, g: sum_ + _sum_of_squares(g), gradients, mx.array(0.0))
     norm = mx.sqrt(squares)
     if not max_norm:
         return gradients, norm
     factor = mx.minimum(1.0, max_norm / (norm + 1e-12))
-    return tree_map(lambda g: g * factor, gradients), norm
+    return tree_map(lambda g: g * factor.astype(g.dtype), gradients), norm
+
+
+def _sum_of_squares(gradient: mx.array) -> mx.array:
+    return gradient.astype(mx.float32).square().sum()  # float16 would overflow at 256

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, check_number, check_whole
 
 ALL_LINEAR = "all-linear"
 LAYER_PATHS = ("model.layers", "layers", "transformer.h", "backbone.layers")
@@ -29,16 +30,22 @@ class LoRAConfig:
     seed: int = 0  # of lora_a
 
     def __post_init__(self):
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigError(f"rank must be a whole number from 1, got {self.rank!r}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ConfigError(f"alpha must be a positive number, got {self.alpha!r}")
-        if not 0 <= self.dropout < 1:
+        check_whole("rank", self.rank, 1)
+        check_whole("seed", self.seed, 0)
+        check_number("alpha", self.alpha, 0)
+        check_number("dropout", self.dropout, 0)
+        if self.alpha == 0:
+            raise ConfigError("alpha must be above 0, or the adapter has no effect")
+        if self.dropout >= 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        if self.num_layers is not None and self.num_layers < 1:
-            raise ConfigError(f"num_layers must be at least 1, got {self.num_layers!r}")
-        if not self.target_modules:
-            raise ConfigError("target_modules is empty", cure=f"Use {ALL_LINEAR!r} or names.")
+        if self.num_layers is not None:
+            check_whole("num_layers", self.num_layers, 1)
+        names = self.target_modules
+        if not names or not isinstance(names, str | Sequence):
+            raise ConfigError(
+                f"target_modules must name modules, got {names!r}",
+                cure=f"Use {ALL_LINEAR!r} or a list of names.",
+            )
 
     @property
     def scale(self) -> float:
@@ -122,6 +129,7 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None) -> Adapter:
         linear = _at(model, path)
         adapted.append((path, LoRALinear(linear, config, _key_for(root, path))))
     model.update_modules(tree_unflatten(adapted))
+    model.train(model.training)  # a new module would start with its dropout on
     mx.eval(model.trainable_parameters())
     return Adapter(config, tuple(chosen), *count_parameters(model))
 
@@ -131,6 +139,20 @@ def remove_lora(model: nn.Module) -> int:
     wrapped = [(path, m.linear) for path, m in model.named_modules() if isinstance(m, LoRALinear)]
     model.update_modules(tree_unflatten(wrapped))
     return len(wrapped)
+
+
+@contextlib.contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """The network as it was without its adapter, for the length of a `with` block."""
+    adapted = [module for _, module in model.named_modules() if isinstance(module, LoRALinear)]
+    scales = [module.scale for module in adapted]
+    for module in adapted:
+        module.scale = 0.0
+    try:
+        yield
+    finally:
+        for module, scale in zip(adapted, scales):
+            module.scale = scale
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -186,7 +208,8 @@ def _matches(name: str, wanted: str) -> bool:
 def _require_matches(wanted: list[str], candidates: dict[str, str]) -> None:
     unmatched = [w for w in wanted if not any(_matches(n, w) for n in candidates.values())]
     if unmatched:
-        there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in candidates.values()))
+        names = reversed(candidates.values())  # MLX walks a network from its end
+        there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
         raise ConfigError(
             f"target_modules {unmatched} match nothing",
             cure=f"This model has {there}; or use {ALL_LINEAR!r}.",

@@ -28,7 +28,7 @@ from workbench.tuning.interrupts import DeferredInterrupt
 from workbench.tuning.losses import LossFunction, default_loss, mean_loss
 from workbench.tuning.schedules import learning_rate_at
 
-CHECKED_ARRAYS = 5  # names of bad gradients that an error lists
+NAMED_IN_ERROR = 5  # bad gradients that an error lists
 
 
 class Trainer:
@@ -63,7 +63,7 @@ class Trainer:
         self.model = base.model
         if not tree_flatten(self.model.trainable_parameters()):
             raise TrainingError("nothing is trainable", cure="Attach an adapter: wb.add_lora(…).")
-        _check_tokens(data, embedding_rows(base.model, base.config))
+        _check_rows(data, base)
         self.plan = BatchPlan(
             tuple(map(len, data.train)),
             self.config.micro_batch_size,
@@ -115,11 +115,13 @@ class Trainer:
             self._peak_started = True
         with DeferredInterrupt() as interrupt:
             report = self._update()
-            if self._validates_after(report.step):
-                report = dataclasses.replace(report, valid_loss=self.validate(interrupt))
-            self.reports.append(report)
-            if self.run is not None:
-                self.run.append(dataclasses.asdict(report))
+            try:
+                if self._validates_after(report.step):
+                    report = dataclasses.replace(report, valid_loss=self.validate(interrupt))
+            finally:  # the update has been made, whatever became of the validation
+                self.reports.append(report)
+                if self.run is not None:
+                    self.run.append(dataclasses.asdict(report))
         return report
 
     def validate(self, interrupt: DeferredInterrupt | None = None) -> float | None:
@@ -145,7 +147,8 @@ class Trainer:
         loss = loss_sum / num_tokens
         gradients = tree_map(lambda g: g / num_tokens, gradients)
         clipped, norm = clip_by_global_norm(gradients, self.config.max_grad_norm)
-        _require_finite(loss, norm, gradients, step + 1, batches)
+        places = [self.data.train[row].where for batch in batches for row in batch.rows]
+        _require_finite(loss, norm, gradients, step + 1, places)
         rate = self.learning_rate(step)
         self._apply(clipped, loss, rate, step + 1)
         seconds, clip_at = time.perf_counter() - started, self.config.max_grad_norm
@@ -224,26 +227,35 @@ def _step_seed(seed: int, step: int) -> int:
     return ((seed & 0xFFFFFFFF) << 32) | (step & 0xFFFFFFFF)
 
 
-def _check_tokens(data: Dataset, vocab_size: int) -> None:
+def _check_rows(data: Dataset, base: BaseModel) -> None:
+    vocab_size = embedding_rows(base.model, base.config)
+    positions = getattr(base.config, "max_position_embeddings", None) or math.inf
     for example in [*data.train, *data.valid]:
-        if example.tokens.min() < 0 or example.tokens.max() >= vocab_size:
+        outside = example.tokens[(example.tokens < 0) | (example.tokens >= vocab_size)]
+        if len(outside):
             raise DataError(
-                f"token id {int(example.tokens.max())} is outside the vocabulary of {vocab_size}",
+                f"token id {outside[0]} is outside the vocabulary of {vocab_size}",
                 where=example.where,
                 cure="Tokenise the data with this model's own tokenizer.",
+            )
+        if len(example) - 1 > positions:  # the last token is a target only
+            raise DataError(
+                f"has {len(example)} tokens, the model has room for {positions}",
+                where=example.where,
+                cure=f"Load the data with max_length={positions}.",
             )
 
 
 def _require_finite(
-    loss: mx.array, norm: mx.array, gradients: dict, step: int, batches: Sequence[Batch]
+    loss: mx.array, norm: mx.array, gradients: dict, step: int, places: Sequence[str]
 ) -> None:
     mx.eval(loss, norm)
     if math.isfinite(loss.item()) and math.isfinite(norm.item()):
         return
-    rows = ", ".join(str(row) for batch in batches for row in batch.rows)
-    bad = ", ".join(not_finite(gradients)[:CHECKED_ARRAYS]) or "none"
+    bad = not_finite(gradients)
+    named = ", ".join(bad[:NAMED_IN_ERROR]) + (", …" if len(bad) > NAMED_IN_ERROR else "")
     raise TrainingError(
         f"step {step} gave loss {loss.item()} and gradient norm {norm.item()} "
-        f"(rows {rows}; gradients that are not finite: {bad})",
+        f"({', '.join(places)}; gradients that are not finite: {named or 'none'})",
         cure="The step was not made. Lower the learning rate, or look at these rows.",
     )

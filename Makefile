@@ -1,0 +1,39 @@
+# Every target makes .venv and installs what it needs. Python 3.11 or later; no root.
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$p && break; done)
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test lab notebooks lint clean
+
+quickstart: $(INSTALLED)  ## fine-tune a real model, and show the result
+	$(BIN)/python -m workbench.runs.notebooks notebooks/00_quickstart.ipynb --out build -p verbose True
+	@echo "Done. The executed notebook: build/00_quickstart.ipynb. To look at it: make lab"
+
+test: $(INSTALLED)  ## every test
+	$(BIN)/python -m pytest
+
+lab: $(INSTALLED)  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=.
+
+notebooks: $(INSTALLED)  ## execute every notebook anew, in place
+	$(BIN)/python -m workbench.runs.notebooks notebooks/*.ipynb
+
+lint: $(INSTALLED)  ## ruff, on code and notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build *.egg-info
+
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later with venv found." \
+		"Install one (Debian, Ubuntu: python3-venv; conda: see environment.yml)" \
+		"or name it: make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "Installing into $(VENV): about a minute, 1 GB"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@

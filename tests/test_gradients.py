@@ -1,0 +1,26 @@
+"""Clipping by the global norm."""
+
+import math
+
+import mlx.core as mx
+import pytest
+
+from workbench.tuning.gradients import clip_by_global_norm
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_clipping_bounds_the_norm_and_keeps_the_direction(max_norm, dtype):
+    gradients = {"a": mx.array([300.0, -400.0], dtype), "b": [mx.array([[0.0, 1.0]], dtype)]}
+    clipped, norm = clip_by_global_norm(gradients, max_norm)
+    assert norm.item() == pytest.approx(math.sqrt(250_001), rel=1e-3)
+    after = clip_by_global_norm(clipped, 0)[1].item()
+    assert after == pytest.approx(min(max_norm, norm.item()), rel=1e-3)
+    assert clipped["a"].dtype == dtype
+    assert (clipped["a"][0] / clipped["a"][1]).item() == pytest.approx(-0.75, rel=1e-2)
+
+
+def test_zero_gradients_stay_zero():
+    clipped, norm = clip_by_global_norm({"a": mx.zeros(3)}, 1.0)
+    assert norm.item() == 0
+    assert clipped["a"].tolist() == [0, 0, 0]

@@ -1,0 +1,109 @@
+"""Every notebook: committed executed, runs with small parameters, and twice with equal verdicts."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from workbench.errors import ConfigError, RunError
+from workbench.runs.notebooks import run_notebook
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+BUILD = ROOT / "build" / "tests"
+CELL_SECONDS = 600  # limit for one cell
+CHECKED, IGNORED = "nbval-check-output", "nbval-ignore-output"
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def tags(cell: nbformat.NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def compare_with_nbval(path: Path) -> None:
+    """Execute a notebook anew and compare with what it holds."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--nbval", str(path)]
+    limits = [
+        f"--nbval-cell-timeout={CELL_SECONDS}",
+        "--rootdir",
+        str(path.parent),
+        "-c",
+        os.devnull,
+    ]
+    result = subprocess.run([*command, *limits], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@each_notebook
+def test_committed_notebook_was_executed_from_top_to_bottom(path):
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "it has no figure"
+    assert not any("widget-view" in kind for o in outputs for kind in o.get("data", {}))
+
+
+@each_notebook
+def test_committed_notebook_has_the_shape_that_readers_expect(path):
+    cells = code_cells(path)
+    assert tags(cells[0]) == ["parameters"]
+    verdicts = [cell for cell in cells if CHECKED in tags(cell)]
+    assert verdicts, "no verdict is checked"
+    assert all(cell.outputs for cell in verdicts), "a verdict without output is checked by nobody"
+    assert all(len(cell.source.splitlines()) <= 15 for cell in cells)
+    assert sum(bool(re.search(r"^assert ", cell.source, re.M)) for cell in cells) >= 3
+    assert all(set(tags(cell)) <= {"parameters", CHECKED, IGNORED} for cell in cells)
+
+
+@each_notebook
+def test_committed_notebook_names_no_place_of_this_machine(path):
+    text = path.read_text(encoding="utf-8")
+    assert str(Path.home()) + "/" not in text
+    assert str(ROOT) not in text
+
+
+@each_notebook
+def test_small_run_passes_and_a_second_run_agrees(path):
+    small = nbformat.read(path, as_version=4).metadata["workbench"]["small_parameters"]
+    executed = run_notebook(path, BUILD / path.name, small)
+    compare_with_nbval(executed)
+
+
+@each_notebook
+def test_default_run_agrees_with_what_is_committed(path):
+    compare_with_nbval(path)
+
+
+def test_unknown_parameter_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"not a parameter.*preset"):
+        run_notebook(NOTEBOOKS[0], tmp_path / "out.ipynb", {"prset": "short"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_failing_cell_is_named_and_an_earlier_copy_is_kept(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    source, target = tmp_path / "bad.ipynb", tmp_path / "out.ipynb"
+    nbformat.write(notebook, source)
+    target.write_text("an earlier copy")
+    with pytest.raises(RunError, match="ZeroDivisionError"):
+        run_notebook(source, target)
+    assert target.read_text() == "an earlier copy"
+    assert (tmp_path / "out.failed.ipynb").exists()

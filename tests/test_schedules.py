@@ -1,0 +1,63 @@
+"""Learning rate at the corners."""
+
+import math
+
+import pytest
+
+from workbench.errors import ConfigError
+from workbench.tuning.schedules import SCHEDULES, learning_rate_at
+
+
+def rate(step, schedule="cosine", peak=1.0, floor=0.1, warmup_steps=4, total_steps=21):
+    return learning_rate_at(
+        step,
+        schedule=schedule,
+        peak=peak,
+        floor=floor,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+    )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_is_a_straight_line_that_starts_above_zero(schedule):
+    assert [rate(step, schedule) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("warmup_steps", [0, 4])
+def test_the_peak_is_reached_and_never_exceeded(schedule, warmup_steps):
+    rates = [rate(step, schedule, warmup_steps=warmup_steps) for step in range(21)]
+    assert max(rates) == rates[warmup_steps] == 1.0
+    assert rates[warmup_steps:] == sorted(rates[warmup_steps:], reverse=True)
+
+
+def test_constant_stays_at_the_peak():
+    assert {rate(step, "constant") for step in range(4, 21)} == {1.0}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_last_step_has_the_floor_and_half_way_the_mean(schedule):
+    assert rate(20, schedule) == pytest.approx(0.1)
+    assert rate(12, schedule) == pytest.approx(0.55)
+    assert rate(50, schedule) == pytest.approx(0.1)
+
+
+def test_linear_and_cosine_part_between_the_corners():
+    assert rate(8, "linear") == pytest.approx(1 - 0.9 / 4)
+    assert rate(8, "cosine") == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_step_is_made_at_the_peak(schedule):
+    assert rate(0, schedule, warmup_steps=0, total_steps=1) == 1.0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_longer_than_the_run_ends_below_the_peak(schedule):
+    assert rate(20, schedule, warmup_steps=100) == pytest.approx(0.21)
+
+
+def test_an_unknown_schedule_lists_those_there_are():
+    with pytest.raises(ConfigError, match=r"unknown schedule 'step'.*constant.*linear.*cosine"):
+        rate(5, "step")

@@ -1,0 +1,46 @@
+"""Toy trainers, and how two of them are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from mlx.utils import tree_flatten
+
+from tests.toy import toy_base, toy_dataset
+from workbench.probes.parameters import fingerprint
+from workbench.tuning.config import TrainConfig
+from workbench.tuning.lora import LoRAConfig, add_lora
+from workbench.tuning.trainer import Trainer
+
+RAGGED = [7, 30, 12, 9, 21, 15, 5, 18]  # tokens a row
+MACHINE = {"step_seconds", "tokens_per_second", "active_bytes", "cache_bytes", "peak_bytes"}
+MACHINE |= {"process_bytes"}
+
+
+def toy_trainer(lengths=RAGGED, *, valid=(), dropout=0.0, full=False, data=None, **settings):
+    """A trainer on a fresh toy model; its adapter's or, with `full`, all parameters train."""
+    base, kept = toy_base(), {k: settings.pop(k) for k in ("run_dir", "loss_fn") if k in settings}
+    if not full:
+        add_lora(base.model, LoRAConfig(rank=4, dropout=dropout))
+    data = data or toy_dataset(lengths, valid)
+    config = TrainConfig(**{"micro_batch_size": 4, "learning_rate": 1e-2, **settings})
+    return Trainer(base, data, config, **kept)
+
+
+def trained(trainer):
+    """Named copies of what trains."""
+    return {name: np.array(a) for name, a in tree_flatten(trainer.model.trainable_parameters())}
+
+
+def state_of(trainer):
+    """Fingerprints of parameters and optimizer state."""
+    state = {
+        name: np.array(array).tobytes() for name, array in tree_flatten(trainer.optimizer.state)
+    }
+    return fingerprint(trainer.model), state
+
+
+def computed(report):
+    """A report without what the machine adds."""
+    return {k: v for k, v in dataclasses.asdict(report).items() if k not in MACHINE}

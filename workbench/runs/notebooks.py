@@ -1,0 +1,118 @@
+"""Run notebooks through papermill, whole and with parameters that exist.
+
+`python -m workbench.runs.notebooks notebooks/*.ipynb` executes notebooks in place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import keyword
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+from papermill.exceptions import PapermillExecutionError
+
+from workbench.errors import ConfigError, RunError
+
+
+def run_notebook(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    parameters: Mapping[str, object] | None = None,
+    *,
+    log_output: bool = False,
+) -> Path:
+    """Execute a notebook and write the executed copy; cells run in the source's folder.
+
+    Args:
+        source: the notebook.
+        target: where the executed copy goes; may be the source itself. It is replaced only when
+            every cell ran; a failed run is kept beside it as `*.failed.ipynb`.
+        parameters: values for names in the notebook's `parameters` cell.
+        log_output: hand the cells' printed output on while they run.
+
+    Raises:
+        ConfigError: a parameter that the notebook does not have.
+        RunError: a cell failed; names the cell and the error.
+    """
+    source, target = Path(source), Path(target)
+    parameters = dict(parameters or {})
+    _check_names(source, parameters)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as folder:
+        executed = Path(folder) / target.name
+        try:
+            papermill.execute_notebook(
+                source,
+                executed,
+                parameters,
+                cwd=source.parent,
+                log_output=log_output,
+                progress_bar=not log_output,
+            )
+        except PapermillExecutionError as error:
+            failed = target.with_suffix(".failed.ipynb")
+            os.replace(executed, failed)
+            raise RunError(
+                f"cell [{error.exec_count}] failed with {error.ename}: {error.evalue}",
+                where=source,
+                cure=f"The run so far is in {failed}.",
+            ) from None
+        _without_traces(executed)
+        os.replace(executed, target)
+    return target
+
+
+def _check_names(source: Path, parameters: Mapping[str, object]) -> None:
+    if not source.is_file():
+        raise RunError("no such notebook", where=source)
+    known = papermill.inspect_notebook(source)
+    for name in parameters:
+        # papermill writes the name into the notebook as code.
+        if not name.isidentifier() or keyword.iskeyword(name) or name not in known:
+            raise ConfigError(
+                f"{name!r} is not a parameter", where=source, cure=f"It has {', '.join(known)}."
+            )
+
+
+def _without_traces(path: Path) -> None:
+    """Join pieces of printed text; take out papermill's notes on times, paths and states."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    notebook, _ = CoalesceStreamsPreprocessor(enabled=True)(notebook, {})
+    for cell in notebook.cells:
+        for name in ("papermill", "execution"):
+            cell.metadata.pop(name, None)
+    nbformat.write(notebook, path)
+
+
+def main() -> None:
+    """Execute notebooks from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, help="folder for the executed copies; else in place")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for notebook in options.notebooks:
+        target = options.out / notebook.name if options.out else notebook
+        parameters = {name: _literal(value) for name, value in options.p}
+        run_notebook(notebook, target, parameters, log_output=True)
+
+
+def _literal(value: str) -> object:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+if __name__ == "__main__":
+    main()
