@@ -9,8 +9,8 @@ INSTALLED := $(VENV)/.installed
 .PHONY: quickstart test lab notebooks lint clean
 
 quickstart: $(INSTALLED)  ## fine-tune a real model, and show the result
-	$(BIN)/python -m workbench.runs.notebooks notebooks/00_quickstart.ipynb --out build -p verbose True
-	@echo "Done. The executed notebook: build/00_quickstart.ipynb. To look at it: make lab"
+	$(BIN)/python -m workbench.runs.notebooks notebooks/00_quickstart.ipynb --out build --echo -p verbose True
+	@echo "The executed notebook: build/00_quickstart.ipynb. To look at it: make lab"
 
 test: $(INSTALLED)  ## every test
 	$(BIN)/python -m pytest
@@ -34,6 +34,6 @@ $(INSTALLED): pyproject.toml
 		"or name it: make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "Installing into $(VENV): about a minute, 1 GB"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install -qq -e ".[dev]"
 	@touch $@

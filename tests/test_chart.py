@@ -77,7 +77,7 @@ def test_accuracy_is_counted_by_phrasing():
     assert table["before (%)"].tolist() == [50, 0]
     assert table["after (%)"].tolist() == [100, 0]
     assert table["trained"].tolist() == [False, True]
-    assert table.index.tolist() == ["a …", "b"]
+    assert table.index.tolist() == ["a X", "b"]
 
 
 def test_accuracy_figure_draws_longer_bars_for_better_answers():

@@ -172,9 +172,9 @@ def test_tensors_read_from_a_file_survive_its_replacement(tmp_path):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, {"a": mx.arange(6)})
     lazy = read_safetensors(path)["a"]
-    write_safetensors(path, {"a": lazy + 1})
+    write_safetensors(path, {"a": mx.zeros(6, dtype=lazy.dtype)})
     assert lazy.tolist() == [0, 1, 2, 3, 4, 5]
-    assert read_safetensors(path)["a"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert read_safetensors(path)["a"].tolist() == [0] * 6
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction(max_norm, dtype):
     clipped, norm = clip_by_global_norm(gradients, max_norm)
     assert norm.item() == pytest.approx(math.sqrt(250_001), rel=1e-3)
     after = clip_by_global_norm(clipped, 0)[1].item()
-    assert after == pytest.approx(min(max_norm, norm.item()), rel=1e-3)
+    assert after == pytest.approx(min(max_norm, norm.item()), rel=2e-2)
     assert clipped["a"].dtype == dtype
     assert (clipped["a"][0] / clipped["a"][1]).item() == pytest.approx(-0.75, rel=1e-2)
 

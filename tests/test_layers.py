@@ -9,7 +9,8 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from tests.toy import toy_model
 from workbench.errors import ConfigError, WorkbenchError
-from workbench.models.layers import KVCache, RotaryEmbedding, causal_mask, rope_periods
+from workbench.models.layers import KVCache, causal_mask
+from workbench.models.rope import RotaryEmbedding, rope_periods
 
 LLAMA3 = {
     "rope_type": "llama3",

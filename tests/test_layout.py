@@ -24,7 +24,8 @@ FLOORS = {  # a room may import from its own floor and from those below
     "export": 6,
     "live": 6,
 }
-UNPORTABLE = re.compile(r"file://|/root/|/home/\w|/opt/(?:wheels|pypi)|/work/(?:main|shared)")
+PLACES = [f"{place}/" for place in (Path.home(), ROOT, ROOT.parent) if len(place.parts) > 1]
+UNPORTABLE = re.compile("|".join([*map(re.escape, PLACES), "file://", r"/home/\w"]))
 PRIVATE_HOST = re.compile(r"https?://(?:(?!127\.)\d+\.\d+\.\d+\.\d+|[\w.-]+\.(?:internal|local))")
 INDEX_OPTION = re.compile(r"--(?:extra-)?index-url|--find-links|\[\[tool\.uv\.index|index-url\s*=")
 

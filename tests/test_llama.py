@@ -12,7 +12,7 @@ from mlx_lm.models import llama as mlx_lm_llama
 from tests.test_layers import LLAMA3, close
 from tests.toy import TOY_CONFIG, VOCAB_SIZE, toy_model
 from workbench.errors import ConfigError, WorkbenchError
-from workbench.models.llama import LlamaConfig
+from workbench.models.llama_config import LlamaConfig
 
 VARIANTS = {
     "tied, grouped heads": {},

@@ -27,10 +27,10 @@ from workbench.errors import (
 )
 from workbench.models.files import INDEX_NAME, read_safetensors, write_safetensors
 from workbench.models.gguf_format import GGUFFile
-from workbench.models.layers import rope_periods
 from workbench.models.llama import Llama
 from workbench.models.loading import embedding_rows
 from workbench.models.report import compare
+from workbench.models.rope import rope_periods
 
 TOKENS = mx.array([[5, 80, 200, 17, 3, 120], [9, 9, 1, 44, 258, 2]])
 A_WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -524,6 +524,12 @@ def test_the_report_escapes_a_hostile_tensor_name(model_folder):
     page = report._repr_html_()
     assert "<img" not in page
     assert "&lt;img src=x" in page
+
+
+def test_the_report_escapes_its_notes():
+    page = compare({}, {}, notes=["<script>alert(1)</script>"])._repr_html_()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
 
 
 def test_the_reports_table_has_shape_dtype_and_bytes_of_every_tensor():

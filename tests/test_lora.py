@@ -204,7 +204,7 @@ def test_training_moves_the_factors_and_no_frozen_byte(quantised):
     if quantised:
         nn.quantize(base.model, group_size=32, bits=4)
     add_lora(base.model, LoRAConfig(rank=4))
-    config = TrainConfig(steps=2, micro_batch_size=8, weight_decay=0.0)
+    config = TrainConfig(steps=2, micro_batch_size=8, weight_decay=0.0, schedule="constant")
     trainer = Trainer(base, toy_dataset([12] * 8), config)
     start, factors = fingerprint(base.model), trainable_names(base.model)
     trainer.step()  # lora_a gets no gradient until lora_b has left zero

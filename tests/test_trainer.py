@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from tests.toy_training import RAGGED, computed, state_of, toy_trainer, trained
+from tests.toy_training import RAGGED, FailAt, computed, fail, state_of, toy_trainer, trained
 from workbench.data.batches import collate
+from workbench.errors import TrainingError
 from workbench.runs.store import read_metrics
 from workbench.tuning.losses import mean_loss, plain_loss, supervised_loss
 from workbench.tuning.trainer import Trainer
 
 
 def test_one_batch_is_learnt_by_heart():
-    trainer = toy_trainer([12] * 2, steps=60, learning_rate=3e-2)
+    trainer = toy_trainer([12] * 2, full=True, steps=80)
     losses = [report.loss for report in trainer]
     assert losses[0] > 3
     assert losses[-1] < 0.05
@@ -202,7 +203,7 @@ def test_a_cache_limit_bounds_the_cache_and_changes_no_result():
 
 
 def test_200_steps_leak_no_memory():
-    reports = list(toy_trainer(steps=200, micro_batch_size=8))
+    reports = list(toy_trainer(steps=200, micro_batch_size=2))
     steps = [report.step for report in reports]
     slope = np.polyfit(steps, [report.active_bytes for report in reports], 1)[0]
     assert abs(slope) <= 100  # bytes a step; 0.1 MB would be a third of this whole model
@@ -212,7 +213,8 @@ def test_the_peak_is_counted_from_the_beginning_of_the_training():
     huge = mx.zeros(50_000_000) + 1
     mx.eval(huge)
     del huge
-    assert toy_trainer().step().peak_bytes < 100_000_000
+    report = toy_trainer().step()
+    assert 0 <= report.peak_bytes - report.active_bytes < 100_000_000
 
 
 def test_the_learning_rate_follows_the_schedule():

@@ -6,33 +6,11 @@ import signal
 import pytest
 
 from tests.toy import toy_dataset
-from tests.toy_training import computed, state_of, toy_trainer
+from tests.toy_training import FailAt, computed, fail, interrupt, state_of, toy_trainer
 from workbench.data.datasets import Dataset
 from workbench.errors import DataError, RunError, TrainingError
 from workbench.runs.store import read_metrics
-from workbench.tuning.losses import supervised_loss
 from workbench.tuning.trainer import Trainer
-
-
-class FailAt:
-    """A loss function that does something at its n-th call, counted from 1."""
-
-    def __init__(self, call, action):
-        self.call, self.action, self.calls = call, action, 0
-
-    def __call__(self, model, batch):
-        self.calls += 1
-        loss = supervised_loss(model, batch)
-        return self.action(loss) if self.calls == self.call else loss
-
-
-def interrupt(loss):
-    signal.raise_signal(signal.SIGINT)
-    return loss
-
-
-def fail(loss):
-    raise RuntimeError("planted")
 
 
 @pytest.mark.parametrize("call", [2, 3, 4])  # first and second micro-batch of a step; validation
@@ -77,9 +55,8 @@ def test_a_gradient_that_is_not_finite_raises_and_changes_nothing(value, call):
     before, done = state_of(trainer), trainer.steps_done
     with pytest.raises(TrainingError) as caught:
         trainer.step()
-    assert "toy row 3" in str(caught.value)
-    assert "model.layers.0.self_attn.q_proj.lora_b" in str(caught.value) or "…" in str(caught.value)
-    assert "lora_" in str(caught.value)
+    assert all(f"toy row {row}" in str(caught.value) for row in range(8))
+    assert "model.layers.0.self_attn.q_proj.lora_a" in str(caught.value)
     assert state_of(trainer) == before
     assert trainer.steps_done == done
     assert trainer.step().step == done + 1
@@ -98,12 +75,10 @@ def test_a_loss_function_that_raises_leaves_everything_as_it_was():
 
 def test_a_step_is_on_record_although_its_validation_failed(tmp_path):
     loss_fn = FailAt(2, fail)
-    trainer = toy_trainer(
-        valid=[9], steps=2, valid_every=1, loss_fn=loss_fn, run_dir=tmp_path / "r"
-    )
+    trainer = toy_trainer(valid=[9], steps=2, valid_every=1, loss_fn=loss_fn, run_dir=tmp_path)
     with pytest.raises(RuntimeError, match="planted"):
         trainer.step()
-    assert trainer.steps_done == len(read_metrics(tmp_path / "r")) == 1
+    assert trainer.steps_done == len(read_metrics(tmp_path)) == 1
     assert trainer.step().step == 2
 
 
@@ -159,7 +134,7 @@ def test_an_optimizer_failure_raises_and_restores(spoil, message):
 
 def test_nothing_trainable_raises(base, tmp_path):
     base.model.freeze()
-    with pytest.raises(TrainingError, match="nothing is trainable.*add_lora"):
+    with pytest.raises(TrainingError, match=r"nothing is trainable.*add_lora"):
         Trainer(base, toy_dataset([9]), run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

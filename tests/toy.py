@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from workbench.data.datasets import Dataset
 from workbench.data.examples import Example
-from workbench.models.llama import Llama, LlamaConfig
+from workbench.models.llama import Llama
+from workbench.models.llama_config import LlamaConfig
 from workbench.models.loading import BaseModel, save_weights
 from workbench.models.report import compare
 

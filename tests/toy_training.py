@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 
 import numpy as np
 from mlx.utils import tree_flatten
 
 from tests.toy import toy_base, toy_dataset
 from workbench.probes.parameters import fingerprint
-from workbench.tuning.config import TrainConfig
+from workbench.tuning.config import StepReport, TrainConfig
 from workbench.tuning.lora import LoRAConfig, add_lora
+from workbench.tuning.losses import supervised_loss
 from workbench.tuning.trainer import Trainer
 
 RAGGED = [7, 30, 12, 9, 21, 15, 5, 18]  # tokens a row
@@ -18,7 +20,9 @@ MACHINE = {"step_seconds", "tokens_per_second", "active_bytes", "cache_bytes", "
 MACHINE |= {"process_bytes"}
 
 
-def toy_trainer(lengths=RAGGED, *, valid=(), dropout=0.0, full=False, data=None, **settings):
+def toy_trainer(
+    lengths=RAGGED, *, valid=(), dropout=0.0, full=False, data=None, **settings
+) -> Trainer:
     """A trainer on a fresh toy model; its adapter's or, with `full`, all parameters train."""
     base, kept = toy_base(), {k: settings.pop(k) for k in ("run_dir", "loss_fn") if k in settings}
     if not full:
@@ -28,19 +32,40 @@ def toy_trainer(lengths=RAGGED, *, valid=(), dropout=0.0, full=False, data=None,
     return Trainer(base, data, config, **kept)
 
 
-def trained(trainer):
+def trained(trainer: Trainer) -> dict[str, np.ndarray]:
     """Named copies of what trains."""
     return {name: np.array(a) for name, a in tree_flatten(trainer.model.trainable_parameters())}
 
 
-def state_of(trainer):
+def state_of(trainer: Trainer) -> tuple[dict, dict]:
     """Fingerprints of parameters and optimizer state."""
-    state = {
-        name: np.array(array).tobytes() for name, array in tree_flatten(trainer.optimizer.state)
-    }
-    return fingerprint(trainer.model), state
+    flat = tree_flatten(trainer.optimizer.state)
+    return fingerprint(trainer.model), {name: np.array(array).tobytes() for name, array in flat}
 
 
-def computed(report):
+def computed(report: StepReport) -> dict[str, object]:
     """A report without what the machine adds."""
     return {k: v for k, v in dataclasses.asdict(report).items() if k not in MACHINE}
+
+
+class FailAt:
+    """A loss function that does something at its n-th call, counted from 1."""
+
+    def __init__(self, call, action):
+        self.call, self.action, self.calls = call, action, 0
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        loss = supervised_loss(model, batch)
+        return self.action(loss) if self.calls == self.call else loss
+
+
+def interrupt(loss):
+    """Ctrl-C, then the loss as it was."""
+    signal.raise_signal(signal.SIGINT)
+    return loss
+
+
+def fail(loss):
+    """Raise."""
+    raise RuntimeError("planted")

@@ -67,8 +67,7 @@ def load_dataset(
     """Read and tokenise a data set.
 
     Args:
-        source: `capitals`, a folder with train.jsonl (and valid.jsonl, test.jsonl), or one .jsonl
-            file, from which a validation part is split off.
+        source: `capitals`, a folder of train.jsonl (and valid, test), or a .jsonl file to split.
         limit: training rows that are used, from the start; None for all.
         max_length: tokens of a row that are kept; `Dataset.truncated` counts the rows cut.
         train_on: targets of a chat, see `encode_row`.
@@ -87,13 +86,11 @@ def load_dataset(
         raise ConfigError(f"valid_fraction must be in [0, 1), got {valid_fraction}")
     rows = _capitals(limit) if source == "capitals" else _from_disk(source, valid_fraction, seed)
     rows["train"] = rows["train"][:limit]
-    encoded = {
-        split: [
-            encode_row(row, tokenizer, max_length=max_length, train_on=train_on, where=where)
-            for where, row in rows.get(split, ())
-        ]
-        for split in SPLITS
-    }
+
+    def encode(place: str, row: Mapping[str, object]) -> Example:
+        return encode_row(row, tokenizer, max_length=max_length, train_on=train_on, where=place)
+
+    encoded = {split: [encode(*row) for row in rows.get(split, ())] for split in SPLITS}
     return Dataset(Path(source).name, **encoded)
 
 

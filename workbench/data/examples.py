@@ -89,8 +89,8 @@ def encode_row(
         row: `messages` (with optional `tools`), `prompt` and `completion`, or `text`.
         tokenizer: with a chat template, for chats and completions.
         max_length: tokens that are kept, from the start.
-        train_on: targets of a chat: all `assistant` turns, the `last` turn, or `all` tokens.
-            A turn's targets are its text and the token that ends it. All of a `text` is trained.
+        train_on: targets of a chat: all `assistant` turns (each with the token that ends it), the
+            `last` turn, or `all` tokens. All of a `text` is trained.
         where: the row's place, for messages.
 
     Raises:
@@ -111,6 +111,16 @@ def encode_row(
             where=where,
             cure="Use 'messages', 'prompt' and 'completion', or 'text'.",
         )
+    return _cut(tokens, loss_mask, max_length, where)
+
+
+def _cut(tokens: np.ndarray, loss_mask: np.ndarray, max_length: int, where: str) -> Example:
+    """The first `max_length` tokens, up to the last target among them."""
+    return _cut(tokens, loss_mask, max_length, where)
+
+
+def _cut(tokens: np.ndarray, loss_mask: np.ndarray, max_length: int, where: str) -> Example:
+    """The example up to its last target within max_length; raises DataError if it has none."""
     truncated = bool(loss_mask[max_length:].any())  # white space of the template is no loss
     targets = np.flatnonzero(loss_mask[:max_length])
     # What follows the last target trains nothing, and under a causal mask changes nothing.

@@ -28,7 +28,7 @@ def accuracy_table(before: pd.DataFrame, after: pd.DataFrame, trained: set[str])
         }
     ).round(0)
     table.insert(0, "trained", [phrasing in trained for phrasing in table.index])
-    table.index = [phrasing.replace("{country}", "…") for phrasing in table.index]
+    table.index = [phrasing.replace("{country}", "X") for phrasing in table.index]
     return table
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from workbench.errors import ConfigError
 from workbench.models.gguf_format import GGUFFile
-from workbench.models.layers import rope_periods
+from workbench.models.rope import rope_periods
 
 TOP_LEVEL = {
     "token_embd": "model.embed_tokens",

@@ -16,7 +16,8 @@ from workbench.backend import default_dtype, on_gpu
 from workbench.errors import ConfigError, FileFormatError, SourceError
 from workbench.models import gguf_llama
 from workbench.models.files import read_json, read_safetensors, read_weights, write_safetensors
-from workbench.models.llama import Llama, LlamaConfig
+from workbench.models.llama import Llama
+from workbench.models.llama_config import LlamaConfig
 from workbench.models.report import LoadReport, compare
 from workbench.models.sources import find_model
 from workbench.models.tokenizers import check_tokenizer, gguf_tokenizer, load_tokenizer

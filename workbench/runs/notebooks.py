@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import ast
 import keyword
-import logging
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ def run_notebook(
     target: str | os.PathLike,
     parameters: Mapping[str, object] | None = None,
     *,
-    log_output: bool = False,
+    echo: bool = False,
 ) -> Path:
     """Execute a notebook and write the executed copy; cells run in the source's folder.
 
@@ -36,27 +36,19 @@ def run_notebook(
         target: where the executed copy goes; may be the source itself. It is replaced only when
             every cell ran; a failed run is kept beside it as `*.failed.ipynb`.
         parameters: values for names in the notebook's `parameters` cell.
-        log_output: hand the cells' printed output on while they run.
+        echo: pass on what the cells print, while they run; else show a bar.
 
     Raises:
         ConfigError: a parameter that the notebook does not have.
         RunError: a cell failed; names the cell and the error.
     """
-    source, target = Path(source), Path(target)
-    parameters = dict(parameters or {})
+    source, target, parameters = Path(source), Path(target), dict(parameters or {})
     _check_names(source, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as folder:
         executed = Path(folder) / target.name
         try:
-            papermill.execute_notebook(
-                source,
-                executed,
-                parameters,
-                cwd=source.parent,
-                log_output=log_output,
-                progress_bar=not log_output,
-            )
+            _execute(source, executed, parameters, echo)
         except PapermillExecutionError as error:
             failed = target.with_suffix(".failed.ipynb")
             os.replace(executed, failed)
@@ -68,6 +60,18 @@ def run_notebook(
         _without_traces(executed)
         os.replace(executed, target)
     return target
+
+
+def _execute(source: Path, target: Path, parameters: Mapping[str, object], echo: bool) -> None:
+    papermill.execute_notebook(
+        source,
+        target,
+        parameters,
+        cwd=source.parent,
+        progress_bar=not echo,
+        stdout_file=sys.stdout if echo else None,
+        stderr_file=sys.stderr if echo else None,
+    )
 
 
 def _check_names(source: Path, parameters: Mapping[str, object]) -> None:
@@ -98,13 +102,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, help="folder for the executed copies; else in place")
+    parser.add_argument("--echo", action="store_true", help="show what the cells print")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     for notebook in options.notebooks:
         target = options.out / notebook.name if options.out else notebook
         parameters = {name: _literal(value) for name, value in options.p}
-        run_notebook(notebook, target, parameters, log_output=True)
+        run_notebook(notebook, target, parameters, echo=options.echo)
 
 
 def _literal(value: str) -> object:

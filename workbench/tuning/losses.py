@@ -11,10 +11,11 @@ import numpy as np
 from workbench.data.batches import Batch, collate
 from workbench.data.examples import Example
 
+Array = mx.array | np.ndarray
 LossFunction = Callable[[nn.Module, Batch], mx.array]  # → sum over the supervised targets
 
 
-def next_token_pairs(tokens, mask):
+def next_token_pairs(tokens: Array, mask: Array) -> tuple[Array, Array, Array]:
     """The one place where the shift stands: logits at t are trained against the token at t + 1.
 
     Args:
