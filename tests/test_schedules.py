@@ -8,7 +8,7 @@ from workbench.errors import ConfigError
 from workbench.tuning.schedules import SCHEDULES, learning_rate_at
 
 
-def rate(step, schedule="cosine", peak=1.0, floor=0.1, warmup_steps=4, total_steps=21):
+def rate(step, schedule="cosine", peak=1.0, floor=0.1, warmup_steps=4, total_steps=20):
     return learning_rate_at(
         step,
         schedule=schedule,
@@ -27,20 +27,25 @@ def test_warm_up_is_a_straight_line_that_starts_above_zero(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("warmup_steps", [0, 4])
 def test_the_peak_is_reached_and_never_exceeded(schedule, warmup_steps):
-    rates = [rate(step, schedule, warmup_steps=warmup_steps) for step in range(21)]
+    rates = [rate(step, schedule, warmup_steps=warmup_steps) for step in range(20)]
     assert max(rates) == rates[warmup_steps] == 1.0
     assert rates[warmup_steps:] == sorted(rates[warmup_steps:], reverse=True)
 
 
 def test_constant_stays_at_the_peak():
-    assert {rate(step, "constant") for step in range(4, 21)} == {1.0}
+    assert {rate(step, "constant") for step in range(4, 20)} == {1.0}
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_last_step_has_the_floor_and_half_way_the_mean(schedule):
+def test_half_way_is_the_mean_and_the_end_the_floor(schedule):
     assert rate(20, schedule) == pytest.approx(0.1)
     assert rate(12, schedule) == pytest.approx(0.55)
     assert rate(50, schedule) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_last_step_still_moves(schedule):
+    assert rate(19, schedule, floor=0.0) > 0
 
 
 def test_linear_and_cosine_part_between_the_corners():
@@ -55,7 +60,7 @@ def test_one_step_is_made_at_the_peak(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_warm_up_longer_than_the_run_ends_below_the_peak(schedule):
-    assert rate(20, schedule, warmup_steps=100) == pytest.approx(0.21)
+    assert rate(19, schedule, warmup_steps=100) == pytest.approx(0.2)
 
 
 def test_an_unknown_schedule_lists_those_there_are():

@@ -35,7 +35,7 @@ class TrainConfig:
     micro_batch_size: int = 8  # rows that go through the network together
     grad_accum_steps: int = 1  # micro-batches a step
     learning_rate: float = 1e-4  # the largest
-    min_learning_rate: float = 0.0  # at the last step
+    min_learning_rate: float = 0.0  # at the end
     schedule: str = "cosine"  # constant, linear or cosine
     warmup_steps: int = 0  # optimizer updates
     max_grad_norm: float = 1.0  # global L2 norm; 0 turns clipping off
