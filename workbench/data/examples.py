@@ -115,11 +115,6 @@ def encode_row(
 
 
 def _cut(tokens: np.ndarray, loss_mask: np.ndarray, max_length: int, where: str) -> Example:
-    """The first `max_length` tokens, up to the last target among them."""
-    return _cut(tokens, loss_mask, max_length, where)
-
-
-def _cut(tokens: np.ndarray, loss_mask: np.ndarray, max_length: int, where: str) -> Example:
     """The example up to its last target within max_length; raises DataError if it has none."""
     truncated = bool(loss_mask[max_length:].any())  # white space of the template is no loss
     targets = np.flatnonzero(loss_mask[:max_length])
