@@ -14,6 +14,7 @@ from workbench.errors import ConfigError, FileFormatError, WeightsError
 from workbench.models.files import read_json, read_safetensors, write_json, write_safetensors
 from workbench.models.loading import BaseModel
 from workbench.models.report import compare
+from workbench.models.structure import find_layers
 from workbench.probes.numerics import not_finite
 from workbench.tuning.lora import (
     ALL_LINEAR,
@@ -21,7 +22,6 @@ from workbench.tuning.lora import (
     LoRAConfig,
     LoRALinear,
     add_lora,
-    find_layers,
     find_targets,
     linear_dims,
 )

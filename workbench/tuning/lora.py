@@ -13,9 +13,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from workbench.errors import ConfigError, check_number, check_whole
+from workbench.models.structure import find_layers, module_at
 
 ALL_LINEAR = "all-linear"
-LAYER_PATHS = ("model.layers", "layers", "transformer.h", "backbone.layers")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None) -> Adapter:
     root = mx.random.key(config.seed)
     adapted = []
     for path in chosen:
-        linear = _at(model, path)
+        linear = module_at(model, path)
         adapted.append((path, LoRALinear(linear, config, _key_for(root, path))))
     model.update_modules(tree_unflatten(adapted))
     model.train(model.training)  # a new module would start with its dropout on
@@ -183,7 +183,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
             continue
         within = path.removeprefix(f"{layers_path}.")
         number, _, name = within.partition(".")
-        is_inner = path.endswith(".linear") and isinstance(_at(model, path[:-7]), LoRALinear)
+        is_inner = path.endswith(".linear") and isinstance(module_at(model, path[:-7]), LoRALinear)
         if within != path and not is_inner and int(number) >= first:
             candidates[path] = name
     wanted = config.target_modules
@@ -214,31 +214,6 @@ def _require_matches(wanted: list[str], candidates: dict[str, str]) -> None:
             f"target_modules {unmatched} match nothing",
             cure=f"This model has {there}; or use {ALL_LINEAR!r}.",
         )
-
-
-def find_layers(model: nn.Module) -> tuple[str, int]:
-    """Path of the network's list of layers, and how many there are.
-
-    Raises:
-        ConfigError: it is at none of the places that are known.
-    """
-    for path in LAYER_PATHS:
-        place: object = model
-        for part in path.split("."):
-            place = place.get(part) if isinstance(place, dict) else None
-        if isinstance(place, list) and place:
-            return path, len(place)
-    raise ConfigError(
-        f"cannot find the layers of a {type(model).__name__}",
-        cure=f"Looked for a list of modules at {', '.join(LAYER_PATHS)}.",
-    )
-
-
-def _at(model: nn.Module, path: str) -> nn.Module:
-    place = model
-    for part in path.split("."):
-        place = place[int(part)] if isinstance(place, list) else place[part]
-    return place
 
 
 def _key_for(root: mx.array, path: str) -> mx.array:

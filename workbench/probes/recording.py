@@ -1,0 +1,97 @@
+"""Listening to a network: what goes into its modules, and what comes out.
+
+A recorder stands in a module's place on this one network, for the length of a `with` block; no
+class is touched, so a notebook cell that records can run twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from workbench.models.structure import module_at, put_module
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module."""
+
+    path: str
+    args: tuple
+    kwargs: dict
+    output: object
+
+    @property
+    def inputs(self) -> mx.array | None:
+        """The first array among its positional arguments."""
+        return next((arg for arg in self.args if isinstance(arg, mx.array)), None)
+
+    @property
+    def result(self) -> mx.array | None:
+        """The array it returned; of a tuple, the first."""
+        output = self.output
+        if isinstance(output, tuple | list) and output:
+            output = output[0]
+        return output if isinstance(output, mx.array) else None
+
+
+class StandIn:
+    """Stands in a module's place: calls go through `call`, everything else to the module."""
+
+    def __init__(self, module: nn.Module, call: Callable):
+        self._module, self._call = module, call
+
+    def __call__(self, *args, **kwargs):
+        return self._call(self._module, *args, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+    def __getitem__(self, key):
+        return self._module[key]
+
+    def __contains__(self, key) -> bool:
+        return key in self._module
+
+
+@contextlib.contextmanager
+def intercepted(model: nn.Module, calls: dict[str, Callable]) -> Iterator[None]:
+    """Put `call(module, *args, **kwargs)` in the place of modules' calls, by path."""
+    # The innermost first: a module inside another is reached through the original.
+    paths = sorted(calls, key=lambda path: -path.count("."))
+    originals = [(path, module_at(model, path)) for path in paths]
+    try:
+        for path, module in originals:
+            put_module(model, path, StandIn(module, calls[path]))
+        yield
+    finally:
+        for path, module in reversed(originals):
+            put_module(model, path, module)
+
+
+@contextlib.contextmanager
+def recorded(model: nn.Module, paths: Sequence[str] | None = None) -> Iterator[list[Call]]:
+    """Record the calls of modules, in the order in which they return.
+
+    Args:
+        model: the network.
+        paths: of the modules to listen to; all but the network itself if None.
+    """
+    heard: list[Call] = []
+
+    def listen(path: str) -> Callable:
+        def call(module, *args, **kwargs):
+            output = module(*args, **kwargs)
+            heard.append(Call(path, args, kwargs, output))
+            return output
+
+        return call
+
+    if paths is None:
+        paths = [path for path, _ in model.named_modules() if path]
+    with intercepted(model, {path: listen(path) for path in paths}):
+        yield heard
