@@ -9,13 +9,27 @@ import pandas as pd
 
 from workbench.probes.findings import CheckReport
 
+BUGS = {  # of the earlier systems, by number
+    1: "shift",
+    2: "causal mask",
+    3: "rotary positions",
+    4: "grouped heads",
+    5: "partial load",
+    6: "KV cache",
+    7: "padding and mask",
+    8: "what trains",
+    9: "resume",
+    10: "dead loss term",
+    11: "no evaluation",
+    12: "epsilon, norm, softcap, head",
+}
+
 
 @dataclass(frozen=True)
 class Mutant:
     """A few wrong lines over correct code.
 
-    `bug` is the number on the list of bugs of the earlier systems; `check` is
-    the heading under which `run()`'s report must fail.
+    `bug` is a number in `BUGS`; `check` is the heading under which `run()` must fail.
     """
 
     name: str
@@ -32,7 +46,7 @@ def mutant_table(mutants: Sequence[Mutant], reports: Sequence[CheckReport]) -> p
         details = [f.detail for f in report.failures if f.check == mutant.check]
         rows.append(
             {
-                "bug": mutant.bug,
+                "bug": f"{mutant.bug}. {BUGS[mutant.bug]}",
                 "mutant": mutant.name,
                 "check": mutant.check,
                 "caught": caught,

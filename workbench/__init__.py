@@ -16,6 +16,7 @@ from workbench.export.adapters import load_adapter, save_adapter
 from workbench.live.answers import accuracy_table, draw_accuracy
 from workbench.live.chart import TrainingChart
 from workbench.models.loading import load_model, load_weights, save_weights
+from workbench.probes.invariants import check_model
 from workbench.probes.memory import read_memory
 from workbench.probes.parameters import changed, fingerprint
 from workbench.runs.store import new_run, read_metrics
@@ -35,6 +36,7 @@ __all__ = [
     "all_capitals",
     "ask_capitals",
     "changed",
+    "check_model",
     "describe_backend",
     "draw_accuracy",
     "fingerprint",

@@ -1,0 +1,1 @@
+"""One module a group of properties; `invariants.check_model` runs them all."""
