@@ -77,6 +77,12 @@ class SeesOnlyItself(OpenAttention):
         return mx.arange(total) == mx.arange(total - length, total)[:, None]
 
 
+class SeesTheLastTwo(OpenAttention):
+    def mask(self, mask, length, total):
+        band = mx.tril(mx.ones((total, total), dtype=mx.bool_))
+        return mx.triu(band, -2)[total - length :]
+
+
 class HidesItself(OpenAttention):
     def mask(self, mask, length, total):
         mask = mx.tril(mx.ones((length, total), dtype=mx.bool_), total - length - 1)

@@ -59,6 +59,7 @@ MUTANTS = (
     found(2, "causality", "causal mask absent", with_attention, A.NoMask),
     found(2, "causality", "mask lets one future token in", with_attention, A.SeesOneAhead),
     found(2, "causality", "a token sees only itself", with_attention, A.SeesOnlyItself),
+    found(2, "causality", "a window nobody asked for", with_attention, A.SeesTheLastTwo),
     found(2, "finite", "the first token sees nothing", with_attention, A.HidesItself),
     found(3, "position order", "RoPE over the heads axis", with_attention, A.RotatesHeads),
     found(3, "position order", "RoPE forgotten", with_attention, A.ForgetsRotation),

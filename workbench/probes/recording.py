@@ -27,8 +27,15 @@ class Call:
 
     @property
     def inputs(self) -> mx.array | None:
-        """The first array among its positional arguments."""
-        return next((arg for arg in self.args if isinstance(arg, mx.array)), None)
+        """The first array among its arguments, the positional ones first."""
+        arguments = [*self.args, *self.kwargs.values()]
+        return next((arg for arg in arguments if isinstance(arg, mx.array)), None)
+
+    def with_inputs(self, inputs: mx.array) -> tuple[tuple, dict]:
+        """Its arguments with another array in the place of `inputs`."""
+        args = tuple(inputs if arg is self.inputs else arg for arg in self.args)
+        kwargs = {k: inputs if arg is self.inputs else arg for k, arg in self.kwargs.items()}
+        return args, kwargs
 
     @property
     def result(self) -> mx.array | None:

@@ -33,11 +33,9 @@ class AttentionCall:
         Raises:
             CallFailedError: the module raised.
         """
-        args = list(self.call.args)
-        place = next(i for i, arg in enumerate(args) if isinstance(arg, mx.array))
-        args[place] = inputs
+        args, kwargs = self.call.with_inputs(inputs)
         try:
-            output = self.module(*args, **self.call.kwargs)
+            output = self.module(*args, **kwargs)
             output = output[0] if isinstance(output, tuple | list) else output
             return np.array(output.astype(mx.float32))
         except Exception as error:

@@ -44,6 +44,10 @@ def check_cache(subject: Subject) -> Iterator[Finding]:
                 )
                 return
     yield passed("cache", f"{', '.join(ways)}: equal to no cache (at most {worst:.1e})")
+    if subject.window and subject.window >= length:
+        yield not_applicable(
+            "cache", f"beyond its window of {subject.window}: rows of {length} do not reach it"
+        )
 
 
 def in_pieces(subject: Subject, tokens: np.ndarray, sizes: Sequence[int]) -> np.ndarray:

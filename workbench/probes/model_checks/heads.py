@@ -18,6 +18,7 @@ from workbench.probes.model_checks.attention import (
 from workbench.probes.model_checks.subject import Subject
 from workbench.probes.recording import recorded
 
+TILED = ("plamo",)  # model_type of checkpoints that were trained with tiled heads
 CLEARLY = 0.05  # of the largest change: a head that moves less has not been read
 
 
@@ -67,14 +68,15 @@ def head_dims(subject: Subject, attention: AttentionCall) -> tuple[int, int, int
 def _wrong_group(
     subject: Subject, attention: AttentionCall, heads: int, kv_heads: int, head_dim: int
 ) -> Finding | None:
-    group = heads // kv_heads
+    group, tiled = heads // kv_heads, subject.setting("model_type") in TILED
     for kind, names in (("value", VALUES), ("key", KEYS)):
         projection = attention.part(names)
         for kv_head in range(kv_heads) if projection else ():
             feature = slice(kv_head * head_dim, (kv_head + 1) * head_dim)
             moved = heads_moved_by(subject, attention, projection, feature, head_dim)
             readers = np.flatnonzero(moved > CLEARLY * moved.max()).tolist()
-            expected = list(range(kv_head * group, (kv_head + 1) * group))
+            repeated = range(kv_head * group, (kv_head + 1) * group)
+            expected = list(range(kv_head, heads, kv_heads) if tiled else repeated)
             if readers != expected:
                 return failed(
                     "grouped heads",

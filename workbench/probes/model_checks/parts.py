@@ -21,7 +21,7 @@ from workbench.probes.model_checks.subject import (
 )
 
 NAMED = 3  # parameters that a finding lists
-LOUD = (1e4, 1e6)  # factors on the head's weights that drive any softcap into saturation
+FACTORS = (1e-3, 1e4, 1e6)  # on the head's weights: the last two saturate any softcap
 
 
 def check_head(subject: Subject) -> Iterator[Finding]:
@@ -62,19 +62,21 @@ def check_softcap(subject: Subject) -> Iterator[Finding]:
     if not heads:
         yield not_applicable("softcap", "no plain head or embedding was found")
         return
-    tops = []
-    for factor in LOUD:
+    tops = []  # largest logit for each factor
+    for factor in FACTORS:
         with contextlib.ExitStack() as stack:
             for head in heads:
                 stack.enter_context(_weights(head, head.weight * factor))
             tops.append(float(np.abs(subject.logits(subject.tokens())).max()))
-    saturated = tops[1] <= 1.01 * tops[0]
-    cap = tops[1] if saturated else None
+    if not tops[0] < 0.1 * tops[1]:
+        yield not_applicable("softcap", "no weights were found that make the logits louder")
+        return
+    cap = tops[2] if tops[2] <= 1.01 * tops[1] else None
     wanted = float(declared) if isinstance(declared, int | float) and declared else None
     if wanted is None and cap is None:
         yield not_applicable("softcap", "the config names none, and logits do not saturate")
     elif wanted is not None and (cap is None or abs(cap - wanted) > 0.01 * wanted):
-        seen = f"saturate at {cap:.4g}" if cap else f"reach {tops[0]:.3g} with a louder head"
+        seen = f"saturate at {cap:.4g}" if cap else f"reach {tops[1]:.3g} with a louder head"
         yield failed(
             "softcap",
             f"the config says {wanted:g}; logits {seen}",

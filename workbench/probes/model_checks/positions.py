@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
-from workbench.probes.findings import Finding, failed, not_applicable, passed
+from workbench.probes.findings import NOT_APPLICABLE, Finding, failed, not_applicable, passed
 from workbench.probes.model_checks.attention import AttentionCall, attention_calls
 from workbench.probes.model_checks.parts import is_norm
 from workbench.probes.model_checks.subject import (
@@ -35,6 +35,14 @@ class ShiftedCache:
         return getattr(self._cache, name)
 
 
+def shifted(cache: object, gap: int = GAP) -> object:
+    """The cache, or its parts, pretending; itself if it has no offset."""
+    parts = getattr(cache, "caches", None)
+    if isinstance(parts, list | tuple) and parts:
+        return type(cache)(*(shifted(part, gap) for part in parts))
+    return ShiftedCache(cache, gap) if hasattr(cache, "offset") else cache
+
+
 def check_order(subject: Subject) -> Iterator[Finding]:
     """Heading "position order": attention tells one order of the past from another.
 
@@ -45,26 +53,36 @@ def check_order(subject: Subject) -> Iterator[Finding]:
     if not calls:
         yield not_applicable("position order", "no attention modules were found by their names")
         return
-    blind = [found.path for found in calls if not _sees_order(found, subject.tolerance)]
-    seeing, learned = len(calls) - len(blind), learned_positions(subject)
+    own = [found for found in calls if _reads_past(found, subject.tolerance)]
+    blind = [found.path for found in own if not _sees_order(found, subject.tolerance)]
+    seeing, learned = len(own) - len(blind), learned_positions(subject)
     if learned:
         yield not_applicable(
             "position order", f"positions are learned ({learned}) and come with the input"
         )
+    elif not own:
+        yield not_applicable("position order", "attention reads no earlier token")
     elif not blind:
-        yield passed("position order", f"all {seeing} attention modules see the order of tokens")
+        yield passed("position order", f"{seeing} attention modules see the order of tokens")
     elif seeing:
-        yield passed("position order", f"{seeing} of {len(calls)} attention modules see it")
+        yield passed("position order", f"{seeing} of {len(own)} attention modules see it")
         yield not_applicable("position order", f"no positions in {', '.join(blind)}")
     elif len(calls) < len(getattr(subject.model, "layers", calls)):
         yield not_applicable("position order", "other layers than attention carry the order")
     else:
         yield failed(
             "position order",
-            f"reversing the past changes nothing in any of {len(calls)} attention modules "
+            f"reversing the past changes nothing in any of {len(own)} attention modules "
             f"(first: {blind[0]})",
             "RoPE is missing, or rotates another axis than the sequence (heads before swapaxes)",
         )
+
+
+def _reads_past(found: AttentionCall, same: float) -> bool:
+    # Some take their keys and values from another layer, or see only themselves.
+    inputs = found.call.inputs
+    other = mx.concatenate([-inputs[:, :-1], inputs[:, -1:]], axis=1)
+    return difference(found.again(other)[:, -1], found.again(inputs)[:, -1]) > same
 
 
 def _sees_order(found: AttentionCall, same: float) -> bool:
@@ -94,13 +112,14 @@ def check_offset(subject: Subject) -> Iterator[Finding]:
     gap between past and new tokens must change the result, a shift of all of them must not.
     """
     cache = subject.make_cache()
-    if cache is None or not any(hasattr(part, "offset") for part in cache):
+    if cache is None or not any(shifted(part) is not part for part in cache):
         reason = "no KV cache with an offset"
         yield not_applicable("position offset", reason)
         yield not_applicable("relative position", reason)
         return
     tokens = subject.tokens()
     half = tokens.shape[1] // 2
+    learned = learned_positions(subject)
     try:
         near, far = (_continued(subject, tokens, half, gap) for gap in (0, GAP))
         here, there = (_continued(subject, tokens, 0, gap) for gap in (0, GAP))
@@ -108,10 +127,12 @@ def check_offset(subject: Subject) -> Iterator[Finding]:
         reason = f"the model does not run with another offset in its cache ({error})"
         yield not_applicable("position offset", reason)
         return
-    learned = learned_positions(subject)
-    yield _gap(difference(far, near), subject, learned)
+    gap = _gap(difference(far, near), subject, learned)
+    yield gap
     moved = difference(there, here)
-    if moved > subject.tolerance and not learned and _norms_weigh_rotated(subject, tokens):
+    if gap.status == NOT_APPLICABLE:
+        yield not_applicable("relative position", gap.detail)
+    elif moved > subject.tolerance and not learned and _norms_weigh_rotated(subject, tokens):
         yield not_applicable(
             "relative position", "norms inside attention weigh the rotated features one by one"
         )
@@ -124,8 +145,7 @@ def _continued(subject: Subject, tokens: np.ndarray, past: int, gap: int) -> np.
     cache = subject.make_cache()
     if past:
         subject.logits(tokens[:, :past], cache=cache)
-    shifted = [ShiftedCache(part, gap) if hasattr(part, "offset") else part for part in cache]
-    return subject.logits(tokens[:, past:], cache=shifted)
+    return subject.logits(tokens[:, past:], cache=[shifted(part, gap) for part in cache])
 
 
 def _norms_weigh_rotated(subject: Subject, tokens: np.ndarray) -> bool:

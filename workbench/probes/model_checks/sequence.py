@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from workbench.probes.findings import Finding, failed, passed
+from workbench.probes.model_checks.attention import attention_calls
 from workbench.probes.model_checks.subject import Subject, difference
 
 PADDING = 3  # tokens added to a row
@@ -46,6 +47,13 @@ def check_causality(subject: Subject) -> Iterator[Finding]:
             f"changing token {token} did not move the logits at position {token + 1}",
             "the mask hides the past, or attention does not reach the output",
         )
+    elif matrix[0, -1] <= same and _should_reach(subject):
+        reach = int(np.flatnonzero(matrix[0] > same).max())
+        yield failed(
+            "causality",
+            f"changing token 0 moved the logits up to position {reach} of {len(matrix) - 1} only",
+            "the mask hides a part of the past: a window that the config does not name",
+        )
     else:
         yield passed(
             "causality",
@@ -53,6 +61,12 @@ def check_causality(subject: Subject) -> Iterator[Finding]:
             f"(at most {past.max():.1e}) and moved those after it",
         )
     yield _shift(matrix, same)
+
+
+def _should_reach(subject: Subject) -> bool:
+    # A recurrence forgets, and a window hides.
+    num_layers = len(getattr(subject.model, "layers", ()))
+    return subject.window is None and 0 < num_layers <= len(attention_calls(subject))
 
 
 def _acausal(matrix: np.ndarray, past: np.ndarray, same: float) -> Finding:

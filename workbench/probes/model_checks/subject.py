@@ -64,6 +64,14 @@ class Subject:
         floating = [a.dtype for _, a in tree_flatten(self.model.parameters()) if _floats(a)]
         return max((SAME.get(dtype, 0.0) for dtype in floating), default=SAME[mx.float32])
 
+    @property
+    def window(self) -> int | None:
+        """Positions that its attention or its rotating cache sees; None if unlimited."""
+        names = ("sliding_window", "attention_window_size", "sliding_window_size", "window_size")
+        sizes = [self.setting(*names)]
+        sizes += [getattr(part, "max_size", None) for part in self.make_cache() or ()]
+        return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
+
     def setting(self, *names: str) -> object:
         """The first of these settings that the model's configuration has; None if none."""
         places = (self.config, getattr(self.model, "config", None), getattr(self.model, "args", 0))
