@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -221,8 +223,56 @@ def test_a_users_own_port_is_told_apart():
     mx.random.seed(0)
     report = check_model(Embedded())
     assert report.ok, report
-    for heading in ("cache", "position order", "position offset", "relative position"):
+    assert report.status("position order") == "ok"
+    for heading in ("cache", "position offset", "relative position"):
         assert report.status(heading) == "not applicable", heading
+
+
+class NoPositions(Embedded):
+    def __call__(self, x):
+        self.pos_emb.weight = self.pos_emb.weight * 0
+        return super().__call__(x)
+
+
+def test_positions_that_never_reach_attention_are_found():
+    mx.random.seed(0)
+    assert "position order" in check_model(NoPositions()).failed_checks
+
+
+class BareEmbedding(nn.Module):
+    """No embedding module, no config: nothing tells the vocabulary but the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = mx.random.normal((40, 16))
+        self.attention = nn.MultiHeadAttention(16, 2)
+
+    def __call__(self, x):
+        h = self.table[x]
+        mask = nn.MultiHeadAttention.create_additive_causal_mask(x.shape[1])
+        return (h + self.attention(h, h, h, mask)) @ self.table.T
+
+
+def test_without_an_embedding_the_logits_tell_the_vocabulary():
+    mx.random.seed(0)
+    report = check_model(BareEmbedding())
+    assert report.failed_checks == {"position order"}
+    assert "40" in report.findings[0].detail
+
+
+@pytest.mark.parametrize("name", ["phi3", "internlm2", "dbrx", "openelm"])
+def test_tiled_heads_are_found_behind_a_fused_projection(name, monkeypatch):
+    model = ARCHITECTURES[name].build()
+    module = sys.modules[type(model).__module__]
+    plain = module.scaled_dot_product_attention
+
+    def tiled(queries, keys, values, cache, scale, mask):
+        repeats = queries.shape[1] // keys.shape[1]
+        keys, values = (mx.tile(x, (1, repeats, 1, 1)) for x in (keys, values))
+        return plain(queries, keys, values, cache=cache, scale=scale, mask=mask)
+
+    monkeypatch.setattr(module, "scaled_dot_product_attention", tiled)
+    assert check_model(model).failed_checks == {"grouped heads"}
 
 
 def test_quantised_models_are_checked_as_they_are():

@@ -19,6 +19,8 @@ from workbench.models.loading import load_model, load_weights, save_weights
 from workbench.probes.invariants import check_model
 from workbench.probes.memory import read_memory
 from workbench.probes.parameters import changed, fingerprint
+from workbench.probes.resuming import check_resume
+from workbench.probes.training import check_training
 from workbench.runs.store import new_run, read_metrics
 from workbench.tuning.config import StepReport, TrainConfig
 from workbench.tuning.lora import LoRAConfig, adapter_disabled, add_lora, remove_lora
@@ -37,6 +39,8 @@ __all__ = [
     "ask_capitals",
     "changed",
     "check_model",
+    "check_resume",
+    "check_training",
     "describe_backend",
     "draw_accuracy",
     "fingerprint",

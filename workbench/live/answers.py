@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from workbench.live.chart import INK
+from workbench.live.figures import INK, headline, new_figure, png
 
 BEFORE, AFTER = "#b3bac2", "#2f6fde"
 
@@ -34,8 +31,7 @@ def accuracy_table(before: pd.DataFrame, after: pd.DataFrame, trained: set[str])
 
 def draw_accuracy(table: pd.DataFrame) -> bytes:
     """The accuracy table as horizontal bars, as PNG bytes with a transparent ground."""
-    figure = Figure(figsize=(12, 1.3 + 0.75 * len(table)), dpi=110)
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 1.3 + 0.75 * len(table))
     axes = figure.subplots()
     for place, (_, row) in enumerate(table.iterrows()):
         for shift, column, color in ((0.19, "before (%)", BEFORE), (-0.19, "after (%)", AFTER)):
@@ -54,11 +50,9 @@ def draw_accuracy(table: pd.DataFrame) -> bytes:
     axes.tick_params(colors=INK, length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    figure.suptitle(_finding(table), x=0.01, ha="left", color=INK, fontsize=13, fontweight="bold")
+    headline(figure, _finding(table))
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", transparent=True)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _finding(table: pd.DataFrame) -> str:

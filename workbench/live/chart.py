@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from workbench.live.figures import INK, add_legend, name_axes, new_figure, plain, png
 from workbench.tuning.config import StepReport
 
-INK = "#7d8590"  # reads on a light and on a dark ground
 LOSS, SMOOTH, VALID = "#9ab8e8", "#2f6fde", "#e8743b"
 ACTIVE, CACHE, PEAK, PROCESS = "#2a9d8f", "#d9a520", "#8a63d2", "#e05260"
 SMOOTHING = 0.85  # weight of the past in the smoothed loss
@@ -67,15 +64,12 @@ class TrainingChart:
 
 def draw(reports: Sequence[StepReport]) -> bytes:
     """The loss and memory chart of a run so far, as PNG bytes with a transparent ground."""
-    figure = Figure(figsize=(12, 4.2), dpi=110)
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     _draw_loss(left, reports)
     _draw_memory(right, reports)
     figure.subplots_adjust(left=0.055, right=0.99, top=0.88, bottom=0.13, wspace=0.16)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", transparent=True)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
@@ -119,13 +113,9 @@ def _draw_memory(axes: Axes, reports: Sequence[StepReport]) -> None:
 
 
 def _finish(axes: Axes, title: str, unit: str) -> None:
+    name_axes(axes, "step (optimizer updates)", unit)
     axes.set_title(title, color=INK, fontsize=13, loc="left", fontweight="bold")
-    axes.set_xlabel("step (optimizer updates)", color=INK)
-    axes.set_ylabel(unit, color=INK)
-    axes.tick_params(colors=INK)
     axes.grid(alpha=0.25, color=INK)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
+    plain(axes)
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper right", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
+    add_legend(axes, loc="upper right", ncols=2)

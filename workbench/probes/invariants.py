@@ -14,6 +14,7 @@ from workbench.probes.findings import CheckReport, Finding, failed, not_applicab
 from workbench.probes.model_checks.caches import check_cache
 from workbench.probes.model_checks.gradients import check_gradients
 from workbench.probes.model_checks.heads import check_grouped_heads
+from workbench.probes.model_checks.order import check_order
 from workbench.probes.model_checks.output import (
     check_dtype,
     check_finite,
@@ -26,7 +27,7 @@ from workbench.probes.model_checks.parts import (
     check_softcap,
     check_weights,
 )
-from workbench.probes.model_checks.positions import check_offset, check_order
+from workbench.probes.model_checks.positions import check_offset
 from workbench.probes.model_checks.reference import check_reference
 from workbench.probes.model_checks.sequence import check_batch, check_causality, check_padding
 from workbench.probes.model_checks.subject import CallFailedError, Subject, prepared

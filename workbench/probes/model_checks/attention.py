@@ -11,12 +11,12 @@ import numpy as np
 
 from workbench.models.structure import module_at
 from workbench.probes.model_checks.subject import CallFailedError, Subject
-from workbench.probes.recording import Call, intercepted, recorded
+from workbench.probes.recording import Call, recorded
 
-VALUES = ("v_proj", "wv", "value", "c_v", "v_lin")
-KEYS = ("k_proj", "wk", "key", "c_k", "k_lin")
-QUERIES = ("q_proj", "wq", "query", "c_q", "q_lin")
-OUTPUTS = ("o_proj", "out_proj", "wo", "dense", "c_proj", "out_lin")
+QUERIES = ("q_proj", "wq", "query", "c_q", "attn_query", "query_proj")
+KEYS = ("k_proj", "wk", "key", "c_k", "attn_key", "key_proj")
+VALUES = ("v_proj", "wv", "value", "c_v", "attn_value", "value_proj")
+OUTPUTS = ("o_proj", "out_proj", "wo", "dense", "c_proj", "attn_resid")
 
 
 @dataclass
@@ -51,55 +51,20 @@ def attention_calls(subject: Subject) -> list[AttentionCall]:
     model = subject.model
     paths = [path for path, module in model.named_modules() if _is_attention(path, module)]
     outermost = [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
+    tokens = subject.tokens()  # before the recording: it may call the model, too
     with recorded(model, outermost) as heard:
-        subject.call(subject.tokens())
+        subject.call(tokens)
     usable = [call for call in heard if call.inputs is not None and call.inputs.ndim == 3]
     ordered = {call.path: call for call in reversed(usable)}
     calls = [AttentionCall(p, module_at(model, p), c) for p, c in ordered.items()]
     return sorted(calls, key=lambda found: _in_order(found.path))
 
 
-def heads_moved_by(
-    subject: Subject, attention: AttentionCall, projection: str, feature: slice, head_dim: int
-) -> np.ndarray:
-    """Which query heads' results move when some features of a projection change their sign.
-
-    The sign alone: a norm over all of the features (OLMo 2) then gives the others as before.
-
-    Args:
-        attention: the module; it needs an output projection.
-        projection: path of its key or value projection.
-        feature: features of that projection's output.
-        head_dim: features of a head.
-
-    Returns:
-        (H,) the largest change of each head in the input of the output projection.
-    """
-    output = attention.part(OUTPUTS)
-
-    def disturbed(module, x, *args, **kwargs):
-        signs = mx.ones(module(x, *args, **kwargs).shape[-1])
-        signs[feature] = -1.0
-        return module(x, *args, **kwargs) * signs
-
-    inputs = attention.call.inputs
-
-    def heads() -> np.ndarray:
-        with recorded(subject.model, [output]) as heard:
-            attention.again(inputs)
-        return np.array(heard[0].inputs.astype(mx.float32))  # (B, T, H · head_dim)
-
-    before = heads()
-    with intercepted(subject.model, {projection: disturbed}):
-        after = heads()
-    moved = np.abs(after - before).max(axis=(0, 1))
-    return moved.reshape(-1, head_dim).max(axis=-1)
-
-
 def _is_attention(path: str, module: nn.Module) -> bool:
-    name = path.rpartition(".")[2]
-    named = re.search(r"att|mha", name) and "norm" not in name
-    return bool(named) and len(module.children()) >= 2
+    name, children = path.rpartition(".")[2], module.children()
+    named = re.search(r"att|mha", name) and "norm" not in name and len(children) >= 2
+    projects = all(children.keys() & {*names} for names in (QUERIES, VALUES))
+    return bool(named or projects)
 
 
 def _in_order(path: str) -> list[tuple[int, str]]:

@@ -14,7 +14,7 @@ from workbench.probes.model_checks.subject import Subject, difference
 PADDING = 3  # tokens added to a row
 
 
-def causality_matrix(subject: Subject, tokens: np.ndarray) -> np.ndarray:
+def moved_by_each_token(subject: Subject, tokens: np.ndarray) -> np.ndarray:
     """How far each logit moves when one token is changed.
 
     Args:
@@ -36,7 +36,7 @@ def causality_matrix(subject: Subject, tokens: np.ndarray) -> np.ndarray:
 
 def check_causality(subject: Subject) -> Iterator[Finding]:
     """Headings "causality" and "shift", from one matrix of changed token × moved logit."""
-    matrix, same = causality_matrix(subject, subject.tokens()), subject.tolerance
+    matrix, same = moved_by_each_token(subject, subject.tokens()), subject.tolerance
     past = np.tril(matrix, -1)
     if past.max() > same:
         yield _acausal(matrix, past, same)

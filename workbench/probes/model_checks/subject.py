@@ -56,7 +56,16 @@ class Subject:
         if self.embedding is not None:
             return module_at(self.model, self.embedding).weight.shape[0]
         declared = self.setting("vocab_size")
-        return embedding_rows(self.model, types.SimpleNamespace(vocab_size=declared))
+        known = embedding_rows(self.model, types.SimpleNamespace(vocab_size=declared))
+        return known or self.logits(np.zeros((1, 1), np.int32)).shape[-1]
+
+    @functools.cached_property
+    def length(self) -> int:
+        """Tokens of a probing row: no more than the model has positions for."""
+        names = ("max_position_embeddings", "n_positions", "n_ctx", "block_size", "context_length")
+        tables = [m.weight.shape[0] for p, m in self.model.named_modules() if _is_position(p, m)]
+        rooms = [room for room in (self.setting(*names), *tables) if isinstance(room, int)]
+        return max(2, min([LENGTH, *rooms]))
 
     @property
     def tolerance(self) -> float:
@@ -89,8 +98,9 @@ class Subject:
         except (TypeError, ValueError):
             return False
 
-    def tokens(self, rows: int = 1, length: int = LENGTH, seed: int = 0) -> np.ndarray:
+    def tokens(self, rows: int = 1, length: int | None = None, seed: int = 0) -> np.ndarray:
         """Random ids (rows, length), no two alike if the vocabulary allows it."""
+        length = length or self.length
         random, count = np.random.default_rng(seed), rows * length
         replace = count > self.vocab_size
         return random.choice(self.vocab_size, count, replace=replace).reshape(rows, length)
@@ -171,6 +181,11 @@ def prepared(model: nn.Module) -> Iterator[Counter]:
                 vars(module).pop("_training", None)
             else:
                 module._training = training
+
+
+def _is_position(path: str, module: nn.Module) -> bool:
+    name = path.rpartition(".")[2]
+    return isinstance(module, EMBEDDINGS) and ("pos" in name or name == "wpe")
 
 
 def _floats(array: mx.array) -> bool:

@@ -1,0 +1,1 @@
+"""Checks of a training step, one module a concept; `check_training` puts them together."""
