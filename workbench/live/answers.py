@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from workbench.live.figures import INK, headline, new_figure, png
+from workbench.live.figures import INK, headline, literal_ticks, new_figure, png
 
 BEFORE, AFTER = "#b3bac2", "#2f6fde"
 
@@ -43,8 +43,7 @@ def draw_accuracy(table: pd.DataFrame) -> bytes:
         for phrasing, row in table.iterrows()
     ]
     axes.set_yticks(range(len(table) - 1, -1, -1), labels, color=INK, fontsize=10)
-    for label in axes.get_yticklabels():
-        label.set_parse_math(False)  # a dollar sign would begin a formula
+    literal_ticks(axes)
     axes.set_xlim(0, 110)
     axes.set_xlabel("right answers (%)", color=INK)
     axes.tick_params(colors=INK, length=0)

@@ -52,9 +52,17 @@ def name_axes(axes: Axes, x: str, y: str, title: str = "") -> None:
     """Axis names with their units, and a title, in ink."""
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
-    axes.set_title(title, color=INK, fontsize=11, loc="left")
+    axes.set_title(title, color=INK, fontsize=11, loc="left").set_parse_math(False)
 
 
 def add_legend(axes: Axes, **style: object) -> None:
     """A legend without a frame, in ink."""
-    axes.legend(**{"frameon": False, "labelcolor": INK, "fontsize": 9, **style})
+    legend = axes.legend(**{"frameon": False, "labelcolor": INK, "fontsize": 9, **style})
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def literal_ticks(axes: Axes) -> None:
+    """Names on the axes as they are: a dollar sign begins no formula."""
+    for text in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
+        text.set_parse_math(False)

@@ -22,6 +22,7 @@ from workbench.live.figures import (
     add_legend,
     headline,
     label,
+    literal_ticks,
     name_axes,
     new_figure,
     plain,
@@ -240,6 +241,7 @@ def draw_mutants(table: pd.DataFrame) -> bytes:
         label(axes, len(checks) - 0.2, y, row["bug"], color=color, va="center", fontsize=8)
     axes.set_yticks(range(len(table)), table["mutant"], fontsize=8)
     axes.set_xticks(range(len(checks)), checks, rotation=40, ha="left", fontsize=9)
+    literal_ticks(axes)
     axes.xaxis.tick_top()
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.set_xlim(-0.6, len(checks) - 0.4)
