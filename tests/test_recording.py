@@ -42,9 +42,13 @@ def test_inputs_and_results_are_the_arrays_that_flowed():
 def test_an_error_in_the_network_leaves_no_recorder_behind():
     model = toy_model()
     before = modules(model)
-    with pytest.raises(RuntimeError, match="stop"), recorded(model):
-        model(TOKENS)
+
+    def fail(module, x):
         raise RuntimeError("stop")
+
+    failing = {"model.norm": fail}
+    with pytest.raises(RuntimeError, match="stop"), recorded(model), intercepted(model, failing):
+        model(TOKENS)
     assert modules(model) == before
 
 

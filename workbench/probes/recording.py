@@ -61,6 +61,9 @@ class StandIn:
     def __getitem__(self, key):
         return self._module[key]
 
+    def __setitem__(self, key, value) -> None:
+        self._module[key] = value
+
     def __contains__(self, key) -> bool:
         return key in self._module
 
