@@ -54,6 +54,12 @@ def check_causality(subject: Subject) -> Iterator[Finding]:
             f"changing token 0 moved the logits up to position {reach} of {len(matrix) - 1} only",
             "the mask hides a part of the past: a window that the config does not name",
         )
+    elif blind := _blind_attention(subject):
+        yield failed(
+            "causality",
+            f"{blind}: what enters at one token does not move what leaves at the next",
+            "its mask hides the past; other layers carry it, so that the logits do not show this",
+        )
     else:
         yield passed(
             "causality",
@@ -67,6 +73,20 @@ def _should_reach(subject: Subject) -> bool:
     # A recurrence forgets, and a window hides.
     num_layers = len(getattr(subject.model, "layers", ()))
     return subject.window is None and 0 < num_layers <= len(attention_calls(subject))
+
+
+def _blind_attention(subject: Subject) -> str:
+    """Path of an attention module that reads the past, but not the token before; or nothing."""
+    for found in attention_calls(subject):
+        inputs = found.call.inputs
+        places, last = mx.arange(inputs.shape[1])[:, None], inputs.shape[1] - 1
+        before = found.again(inputs)[:, -1]
+        flips = (places < last, places == last - 1)  # the whole past, and its last token
+        flipped = (found.again(mx.where(flip, -inputs, inputs))[:, -1] for flip in flips)
+        reads_past, reads_last = (difference(f, before) > subject.tolerance for f in flipped)
+        if reads_past and not reads_last:
+            return found.path
+    return ""
 
 
 def _acausal(matrix: np.ndarray, past: np.ndarray, same: float) -> Finding:
