@@ -6,15 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.mutants_training import Loop, ScheduleFromZero, WeightsOnly
+from tests.mutants_resume import Loop, ScheduleFromZero, WeightsOnly
+from tests.toy_checks import failure
 from workbench.errors import ConfigError
 from workbench.probes.resuming import HEADINGS, check_resume
-
-
-def failure(report, check):
-    """The only failure under a heading."""
-    (found,) = [finding for finding in report.failures if finding.check == check]
-    return found
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5])

@@ -1,50 +1,23 @@
-"""Training code with a fault is caught under the right heading; right code raises no alarm."""
+"""What `check_training` says of a loss, a model and a step: places, numbers, causes."""
 
 from importlib.metadata import version
-from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from tests.mutants_training import (
-    BATCH,
-    CORRECT,
-    EVEN,
-    MICRO_BATCHES,
-    MUTANTS,
-    adapted,
-    checked,
-    mean_loss,
-    mlx_lm_default_loss,
-    never_evaluated,
-    right_step,
-)
+from tests.mutants_targets import mlx_lm_default_loss
+from tests.mutants_updates import never_evaluated, right_step
 from tests.toy import toy_model
+from tests.toy_checks import BATCH, EVEN, MICRO_BATCHES, adapted, checked, failure, mean_loss
 from workbench.data.batches import Batch
-from workbench.errors import ConfigError, DataError
-from workbench.probes.parameters import fingerprint
-from workbench.probes.training import HEADINGS, check_training
-from workbench.probes.training_checks.preserving import prepared, preserved
+from workbench.probes.training import HEADINGS
 from workbench.probes.training_checks.subject import Rows
 from workbench.tuning.losses import cross_entropy, plain_loss, supervised_loss
-
-
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_every_fault_is_caught_under_its_heading(mutant):
-    report = mutant.run()
-    assert mutant.check in report.failed_checks, str(report)
-    assert all(finding.detail and finding.cause for finding in report.failures)
-
-
-@pytest.mark.parametrize(("name", "run"), CORRECT, ids=[name for name, _ in CORRECT])
-def test_right_code_raises_no_alarm(name, run):
-    report = run()
-    assert report.ok, str(report)
 
 
 def test_headings_come_in_order_and_none_is_left_out():
@@ -52,15 +25,6 @@ def test_headings_come_in_order_and_none_is_left_out():
         checks = [finding.check for finding in report.findings]
         assert set(checks) == set(HEADINGS)
         assert checks == sorted(checks, key=HEADINGS.index)
-
-
-# What a report says
-
-
-def failure(report, check):
-    """The only failure under a heading."""
-    (found,) = [finding for finding in report.failures if finding.check == check]
-    return found
 
 
 def test_the_pad_target_of_mlx_lm_is_counted_and_named():
@@ -231,219 +195,11 @@ def test_frozen_parameters_are_watched_where_nothing_trains():
     assert "frozen" in checked(model=model, mode="frozen", step=step).failed_checks
 
 
-# Everything is as before
-
-
-def picture(model, optimizer):
-    """All that a check could change, as it is now."""
-    flags = [(p, set(m._no_grad), m.training) for p, m in model.named_modules()]
-    state = {name: np.array(array) for name, array in tree_flatten(optimizer.state)}
-    return fingerprint(model), sorted(flags, key=lambda flag: flag[0]), state
-
-
-def same(one, other):
-    """Whether two pictures are equal."""
-    state, again = one[2], other[2]
-    is_equal = state.keys() == again.keys()
-    return one[:2] == other[:2] and is_equal and all((state[n] == again[n]).all() for n in state)
-
-
-def meddling(model, optimizer):
-    """A step that changes whatever it can, in place where it can."""
-
-    def step(batch):
-        right_step(model, optimizer, batch)
-        model.model.norm.weight += 1.0
-        model.unfreeze()
-        model.train()
-        model.layers.append(model.layers[0])
-        model.another = mx.zeros(3)
-        model.scale = 3.0
-        mx.random.seed(5)
-        return 0.0
-
-    return step
-
-
-def test_everything_is_as_before():
-    model, optimizer = adapted(dropout=0.3), optim.AdamW(1e-3)
-    model.train()
-    right_step(model, optimizer, BATCH)
-    before, random = picture(model, optimizer), mx.random.state[0].tolist()
-    holds = model.state, optimizer.state, model.layers
-    report = checked(model=model, step=meddling(model, optimizer), optimizer=optimizer)
-    assert not report.ok
-    assert same(before, picture(model, optimizer))
-    assert mx.random.state[0].tolist() == random
-    assert not hasattr(model, "scale")
-    # A compiled step holds on to these objects.
-    assert all(a is b for a, b in zip(holds, (model.state, optimizer.state, model.layers)))
-    right_step(model, optimizer, BATCH)
-
-
-@pytest.mark.parametrize("fault", [KeyError("a"), KeyboardInterrupt()])
-def test_everything_is_as_before_when_the_loss_raises(fault):
-    model, calls = adapted(), []
-    before = picture(model, optim.AdamW(1e-3))
-
-    def loss_fn(model, batch):
-        calls.append(batch)
-        if len(calls) > 5:
-            raise fault
-        return plain_loss(model, batch)
-
-    if isinstance(fault, Exception):
-        assert not checked(loss_fn, model).ok
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            checked(loss_fn, model)
-    assert same(before, picture(model, optim.AdamW(1e-3)))
-
-
-def test_an_optimizer_that_was_never_used_is_still_unused():
-    optimizer = optim.AdamW(1e-3)
-    checked(optimizer=optimizer)
-    assert set(optimizer.state) == {"step", "learning_rate"}
-    assert optimizer.step.item() == 0
-
-
-def test_tied_arrays_stay_one_object():
-    model = toy_model()
-    model.tied = model.model.norm.weight
-    with preserved(model):
-        model.model.norm.weight = model.model.norm.weight + 1
-    assert model.tied is model.model.norm.weight
-
-
-def test_half_precision_is_looked_at_in_float32():
-    model = toy_model()
-    model.set_dtype(mx.bfloat16)
-    before = fingerprint(model)
-    with prepared(model):
-        assert {a.dtype for _, a in tree_flatten(model.parameters())} == {mx.float32}
-    assert fingerprint(model) == before
-    report = checked(model=model, mode="full")
-    assert report.status("finite differences") == "ok", str(report)
-
-
-# The rows
-
-
 def test_padding_is_the_end_after_the_last_target_that_repeats_one_id():
     tokens = np.array([[5, 6, 7, 0, 0], [5, 6, 0, 0, 0], [5, 6, 7, 8, 9], [5, 6, 7, 8, 0]])
     mask = np.array([[0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 1]], bool)
     padding = Rows(None, tokens, mask).padding
     assert padding.sum(axis=1).tolist() == [2, 2, 0, 0]  # a target is no padding, nor is another id
-
-
-# Bad input
-
-
-def rows(tokens, mask=None):
-    """A batch of any arrays."""
-    tokens = np.array(tokens)
-    return SimpleNamespace(tokens=tokens, loss_mask=np.ones(tokens.shape) if mask is None else mask)
-
-
-@pytest.mark.parametrize(
-    ("batch", "says"),
-    [
-        ([], "no batch"),
-        (rows(np.zeros((0, 4), dtype=int)), "nothing to predict"),
-        (rows([[5]]), "nothing to predict"),
-        (rows([5, 6, 7]), "must both be"),
-        (rows([[5, 6, 7]], np.ones((1, 2))), "must both be"),
-        (rows([[5, 6, 7]], np.zeros((1, 3))), "no target"),
-        (rows([[5, 6, 7]], np.array([[1, 0, 0]])), "no target"),
-        (rows([[5, 6, 10**6]]), "row 0, position 2: token id 1000000 is outside"),
-        (rows([[5, -1, 6]]), "token id -1 is outside"),
-        (rows([[5.0, 6.0, 7.0]]), "whole numbers"),
-        (rows([[5, 6, 7]], np.array([[0, 2, 1]])), "True and False"),
-        (rows([[5, 6, 7]], np.array([[0, np.nan, 1]])), "True and False"),
-        (np.array([[5, 6, 7]]), "has no .tokens"),
-        (None, "has no .tokens"),
-        ([BATCH, rows([[5, 6]], np.zeros((1, 2)))], "micro-batch 1: has no target"),
-    ],
-)
-def test_a_bad_batch_is_a_clear_error(batch, says):
-    with pytest.raises(DataError, match=says):
-        checked(batch=batch)
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"mode": "qlora"}, "unknown mode 'qlora'"),
-        ({"loss_fn": None}, "loss_fn must be a function"),
-        ({"step": 3}, "step must be a function"),
-        ({"terms": {"a": 3}}, "term 'a' must be a function"),
-        ({"model": SimpleNamespace(model=toy_model())}, "Pass its .model"),
-    ],
-)
-def test_a_bad_argument_is_a_clear_error(given, says):
-    with pytest.raises(ConfigError, match=says):
-        check_training(**{"model": adapted(), "loss_fn": plain_loss, "batch": BATCH, **given})
-
-
-def raising(*_):
-    """A function that is broken."""
-    raise RuntimeError("planted <b>")
-
-
-@pytest.mark.parametrize(
-    ("loss_fn", "says"),
-    [
-        (raising, "RuntimeError: planted"),
-        (lambda model, batch: 3.0, "returned float"),
-        (lambda model, batch: None, "returned NoneType"),
-        (lambda model, batch: model(mx.array(batch.tokens)), "not a scalar"),
-        (lambda model, batch: plain_loss(model, batch) * mx.nan, "nan"),
-        (lambda model, batch: plain_loss(model, batch) / mx.array(0.0), "inf"),
-    ],
-)
-def test_a_broken_loss_is_a_finding(loss_fn, says):
-    report = checked(loss_fn)
-    assert says in failure(report, "loss").detail
-    assert report.failed_checks == {"loss"}
-
-
-@pytest.mark.parametrize(
-    ("given", "check"),
-    [
-        ({"step": raising}, "movement"),
-        ({"gradients": raising}, "gradients"),
-        ({"gradients": lambda model, batches: 3}, "gradients"),
-        ({"terms": {"a": raising}}, "loss terms"),
-        ({"terms": {"a": lambda model, batch: 0.0}}, "loss terms"),
-    ],
-)
-def test_broken_code_is_a_finding(given, check):
-    report = checked(**given)
-    assert report.failed_checks == {check}, str(report)
-
-
-def test_a_broken_model_is_a_finding():
-    class Broken(type(toy_model())):
-        def __call__(self, tokens, cache=None, padding=None):
-            raise RuntimeError("planted")
-
-    model = adapted()
-    model.__class__ = Broken
-    assert "planted" in failure(checked(model=model), "loss").detail
-
-
-def test_a_model_with_nan_is_a_finding():
-    model = adapted()
-    model.model.norm.weight = model.model.norm.weight * mx.nan
-    assert "nan" in failure(checked(model=model), "loss").detail
-
-
-def test_what_is_shown_as_html_is_escaped():
-    report = checked(terms={"<script>": lambda model, batch: mx.array(1.0)}, step=raising)
-    shown = report._repr_html_()
-    assert "<script>" not in shown
-    assert "&lt;script&gt;" in shown
-    assert "planted &lt;b&gt;" in shown
 
 
 def test_the_growth_of_the_graph_is_counted():

@@ -12,36 +12,39 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tests.architectures import ARCHITECTURES
-from tests.mutant import mutant_table
+from tests.mutant import BUGS, mutant_table
 from tests.mutants_attention import interleaved_rope, interleaved_weights
 from tests.mutants_model import CORRECT, MUTANTS
-from tests.toy import toy_base, toy_model, toy_tokenizer
+from tests.mutants_training import CORRECT as CORRECT_TRAINING
+from tests.mutants_training import MUTANTS as TRAINING_MUTANTS
+from tests.toy import toy_base, toy_model
 from workbench.errors import ConfigError
 from workbench.models.files import write_safetensors
-from workbench.models.llama import Llama
 from workbench.models.loading import BaseModel
 from workbench.probes.invariants import CHECKS, check_model
 from workbench.probes.parameters import fingerprint
 from workbench.tuning.lora import LoRAConfig, add_lora
 
 LEFT_OUT = [heading for heading in CHECKS if heading not in ("text", "tokenizer")]
+ALL_CORRECT = [*CORRECT, *CORRECT_TRAINING]
 
 
 def test_every_mutant_is_caught_under_its_heading(capsys):
-    reports = [mutant.run() for mutant in MUTANTS]
-    table = mutant_table(MUTANTS, reports)
+    mutants = sorted((*MUTANTS, *TRAINING_MUTANTS), key=lambda mutant: mutant.bug)
+    reports = [mutant.run() for mutant in mutants]
+    table = mutant_table(mutants, reports)
     with capsys.disabled(), pd.option_context("display.width", 200, "display.max_colwidth", 60):
         print(f"\n{table.drop(columns='what it says').to_string(index=False)}")
-        print(f"{table['caught'].sum()} of {len(table)} broken networks caught")
+        print(f"{table['caught'].sum()} of {len(table)} broken models and trainings caught")
     assert len(table) >= 30
+    assert {mutant.bug for mutant in mutants} == set(BUGS)
     assert table["caught"].all(), table[~table["caught"]].to_string()
-    for mutant, report in zip(MUTANTS, reports):
-        failures = [finding for finding in report.failures if finding.check == mutant.check]
-        assert all(finding.detail and finding.cause for finding in failures), mutant.name
+    for mutant, report in zip(mutants, reports):
+        assert all(finding.detail and finding.cause for finding in report.failures), mutant.name
 
 
-@pytest.mark.parametrize(("name", "run"), CORRECT, ids=[name for name, _ in CORRECT])
-def test_no_false_alarm_on_a_correct_network(name, run):
+@pytest.mark.parametrize(("name", "run"), ALL_CORRECT, ids=[name for name, _ in ALL_CORRECT])
+def test_no_false_alarm_on_what_is_right(name, run):
     report = run()
     assert report.ok, report
 
@@ -70,108 +73,6 @@ def test_the_model_is_left_as_it_was():
     assert [name for name, _ in tree_flatten(model.trainable_parameters())] == names
     assert [(path, type(module)) for path, module in model.named_modules()] == kinds
     assert [module.training for module in model.modules()] == modes
-
-
-class Raises(Llama):
-    def __call__(self, tokens, cache=None):
-        raise RuntimeError("<b>no</b>")
-
-
-class ReturnsNaN(Llama):
-    def __call__(self, tokens, cache=None):
-        return super().__call__(tokens, cache) * mx.nan
-
-
-class ReturnsTuple(Llama):
-    def __call__(self, tokens, cache=None):
-        return super().__call__(tokens, cache), cache
-
-
-class ReturnsText(Llama):
-    def __call__(self, tokens, cache=None):
-        return "logits"
-
-
-class ReturnsWholeNumbers(Llama):
-    def __call__(self, tokens, cache=None):
-        return super().__call__(tokens, cache).astype(mx.int32)
-
-
-class RaisesWithCache(Llama):
-    def __call__(self, tokens, cache=None):
-        if cache is not None:
-            raise ValueError("no cache, please")
-        return super().__call__(tokens)
-
-
-class RaisesBackwards(Llama):
-    def __call__(self, tokens, cache=None):
-        return _no_way_back(super().__call__(tokens, cache))
-
-
-def _no_way_back(x: mx.array) -> mx.array:
-    function = mx.custom_function(lambda x: x * 1.0)
-
-    @function.vjp
-    def refuse(primals, cotangents, outputs):
-        raise RuntimeError("no way back")
-
-    return function(x)
-
-
-def of_class(kind: type[Llama]) -> Llama:
-    model = toy_model()
-    model.__class__ = kind
-    return model
-
-
-@pytest.mark.parametrize(
-    ("kind", "heading", "says"),
-    [
-        (Raises, "output", "RuntimeError: <b>no</b>"),
-        (ReturnsNaN, "finite", "NaN"),
-        (ReturnsText, "output", "returned str"),
-        (ReturnsWholeNumbers, "dtype", "int32"),
-        (RaisesWithCache, "cache", "no cache, please"),
-        (RaisesBackwards, "gradients", "no way back"),
-    ],
-)
-def test_a_model_that_misbehaves_is_a_finding(kind, heading, says):
-    report = check_model(of_class(kind))
-    details = [f.detail for f in report.failures if f.check == heading]
-    assert details
-    assert says in details[0]
-    assert says.replace("<b>", "&lt;b&gt;").replace("</b>", "&lt;/b&gt;") in report._repr_html_()
-    assert "<b>no</b>" not in report._repr_html_()
-
-
-def test_a_tuple_is_taken_apart_and_mentioned():
-    report = check_model(of_class(ReturnsTuple))
-    assert report.ok, report
-    assert "tuple of 2" in report.findings[0].detail
-
-
-def test_without_logits_the_other_checks_do_not_pass():
-    report = check_model(of_class(Raises))
-    assert report.failed_checks == {"output"}
-    assert {f.status for f in report.findings[1:]} == {"not applicable"}
-
-
-def test_a_tokenizer_of_another_model_is_found():
-    report = check_model(toy_model(vocab_size=200), toy_tokenizer())
-    assert report.failed_checks == {"tokenizer"}
-
-
-def test_what_is_not_a_model_is_refused():
-    with pytest.raises(ConfigError, match=r"mlx\.nn\.Module.*function"):
-        check_model(lambda tokens: tokens)
-
-
-def test_headings_can_be_left_out_but_not_in_silence():
-    report = check_model(toy_model(), skip=["gradients"])
-    assert report.status("gradients") == "not applicable"
-    with pytest.raises(ConfigError, match=r"gradient.*causality"):
-        check_model(toy_model(), skip=["gradient"])
 
 
 def test_a_loaded_model_brings_its_report_and_tokenizer():

@@ -1,4 +1,4 @@
-"""Pictures of gradients: who gets one, whether it is the slope, and what an update leaves behind."""
+"""Pictures of gradients: who gets one, whether it is the slope, and what waits after an update."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from mlx.utils import tree_flatten
 
 from workbench.errors import ConfigError
 from workbench.live.figures import (
@@ -48,13 +52,19 @@ class Places:
     right: float  # edge of the last column
 
 
+def gradient_norms(model: nn.Module, gradients: Mapping[str, mx.array]) -> pd.Series:
+    """Norms of gradients by the names of all parameters; NaN for those that have no gradient."""
+    norms = {name: mx.linalg.norm(array).item() for name, array in gradients.items()}
+    return pd.Series(norms).reindex([name for name, _ in tree_flatten(model.parameters())])
+
+
 def draw_gradients(panels: Mapping[str, pd.Series]) -> bytes:
     """Who gets gradient: a heat map layer × module of gradient norms a panel, as PNG bytes.
 
     A module is cut into as many stripes as it has tensors that get a gradient, in their order.
 
     Args:
-        panels: title → norms by the names of all parameters; NaN for a frozen one.
+        panels: title → `gradient_norms`; NaN is frozen.
 
     Raises:
         ConfigError: no panel, or none with a gradient other than zero.
@@ -66,7 +76,7 @@ def draw_gradients(panels: Mapping[str, pd.Series]) -> bytes:
     down = -(-len(panels) // 2)
     figure = new_figure(12, 1.1 + 2.75 * down)
     figure.subplots_adjust(
-        left=0.105, right=0.925, wspace=0.05, hspace=0.28, **_margins(figure, 0.72, 0.75)
+        left=0.122, right=0.925, wspace=0.05, hspace=0.28, **_margins(figure, 0.72, 0.75)
     )
     grid = figure.subplots(down, 2, squeeze=False)
     colors = ScalarMappable(LogNorm(norms.min(), norms.max()), matplotlib.colormaps["viridis"])
@@ -99,11 +109,12 @@ def _draw_panel(
             size = tall / len(shares)
             corner = (left, top + stripe * size)
             face = _face(value, colors)
-            axes.add_patch(Rectangle(corner, 0.9 * width, 0.9 * size, facecolor=face, linewidth=0))
+            high = size - 0.1 * min(1.0, size)
+            axes.add_patch(Rectangle(corner, width - 0.1, high, facecolor=face, linewidth=0))
         if module not in places.rows:
             ink = INK if np.isnan(shares).all() else "white"
             style = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 9}
-            label(axes, left + 0.45 * width, height / 2, module, color=ink, **style)
+            label(axes, left + width / 2 - 0.05, height / 2, module, color=ink, **style)
     axes.set_xlim(-0.2, places.right)
     axes.set_ylim(height, -0.1)
     _name_places(axes, places, names_rows)
@@ -162,6 +173,7 @@ def _name_places(axes: Axes, places: Places, names_rows: bool) -> None:
         tick.set_parse_math(False)
         tick.set_fontsize(9)
     plain(axes, keep=())
+    axes.tick_params(axis="y", length=0)
 
 
 def _margins(figure: Figure, top: float, bottom: float) -> dict[str, float]:
@@ -200,6 +212,7 @@ def draw_slopes(
     right.axhline(100 * tolerance, color=INK, linewidth=1.2, linestyle="--")
     label(right, 0, 120 * tolerance, f"allowed: {100 * tolerance:g} %", color=INK, fontsize=9)
     right.set_yscale("log")
+    right.xaxis.get_major_locator().set_params(integer=True)
     name_axes(left, "slope by differences (nats a unit)", "slope by the gradient (nats a unit)")
     name_axes(right, "entry, from the steepest to the flattest", "difference (% of the slope)")
     add_legend(left, loc="upper left", fontsize=10)
@@ -222,9 +235,8 @@ def draw_pending(loops: Mapping[str, pd.DataFrame]) -> bytes:
     """Operations left unevaluated and memory in use, step by step, as PNG bytes.
 
     Args:
-        loops: title → a row a step: pending (operations), active_bytes (above the start); in
-            `attrs`, final_bytes is the peak of the evaluation after the last step, if there was
-            something to evaluate.
+        loops: title → a row a step: pending (operations), active_bytes and, in the last row,
+            final_bytes (the peak when all that waits is evaluated at last), both above the start.
 
     Raises:
         ConfigError: no loop, or one without a step.
@@ -238,18 +250,18 @@ def draw_pending(loops: Mapping[str, pd.DataFrame]) -> bytes:
         style = {"color": color, "linewidth": 2.2, "label": title}
         left.plot(steps, table["pending"], **style)
         right.plot(steps, table["active_bytes"] / MEGA, **style)
-        final = table.attrs.get("final_bytes")
-        if final:
-            ends = [table["active_bytes"].iloc[-1] / MEGA, final / MEGA]
-            right.plot([steps[-1]] * 2, ends, ":", color=color, linewidth=1.6)
-            right.plot(steps[-1], ends[1], "*", color=color, markersize=13, clip_on=False)
-            note = "evaluated at last  "
-            label(right, steps[-1], ends[1], note, color=color, ha="right", va="center")
+        if table["pending"].iloc[-1]:
+            ends = [table["active_bytes"].iloc[-1], table["final_bytes"].iloc[-1]]
+            style = {"color": color, "clip_on": False}
+            right.plot([steps[-1]] * 2, np.divide(ends, MEGA), ":", linewidth=1.6, **style)
+            right.plot(steps[-1], ends[1] / MEGA, "*", markersize=12, **style)
     left.set_yscale("symlog", linthresh=1)
     left.set_ylim(bottom=-0.15)
     right.set_ylim(bottom=0)
     name_axes(left, "step (updates)", "operations that wait")
     name_axes(right, "step (updates)", "active memory above the start (MB)")
+    stars = Line2D([], [], color=INK, marker="*", linestyle=":", markersize=12)
+    right.legend([stars], ["peak when it is evaluated at last"], frameon=False, labelcolor=INK)
     for axes in (left, right):
         axes.grid(alpha=0.25, color=INK)
         plain(axes)
@@ -271,5 +283,5 @@ def _growth(loops: Mapping[str, pd.DataFrame]) -> str:
     """The finding: what waits after the last step of each loop."""
     counts = {title: int(table["pending"].iloc[-1]) for title, table in loops.items()}
     worst, best = max(counts, key=counts.get), min(counts, key=counts.get)
-    steps = len(loops[worst])
-    return f"After {steps} steps, {counts[worst]:,} operations wait ({worst}), or {counts[best]:,} ({best})"
+    waiting = f"{counts[worst]:,} operations wait ({worst})"
+    return f"After {len(loops[worst])} steps, {waiting}, or {counts[best]:,} ({best})"

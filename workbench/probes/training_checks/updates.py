@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from workbench.probes.findings import Finding, failed, not_applicable, passed
 from workbench.probes.parameters import changed, fingerprint
@@ -44,6 +44,7 @@ class Updates:
     state_after: dict[str, mx.array] = field(default_factory=dict)
     after: dict[str, str] = field(default_factory=dict)
     optimizer: object = None
+    uses_moments: bool = True  # whether an update differs without the moments before it
 
     @property
     def moved(self) -> set[str]:
@@ -75,7 +76,26 @@ def make_updates(training: Training) -> Updates:
     found.state_after = _state(optimizer)
     mx.eval(found.state_after)
     found.after = fingerprint(model)
+    found.uses_moments = _uses_moments(training, step, optimizer)
     return found
+
+
+def _uses_moments(training: Training, step: Callable, optimizer: object) -> bool:
+    """Make one more update twice, with the moments as they are and without."""
+    state, weights = getattr(optimizer, "state", {}), training.model.parameters()
+    if not _moments(optimizer, _state(optimizer)):
+        return True
+    results = []
+    for keep in (1, 0):
+        training.model.update(weights)
+        optimizer.state = tree_map(lambda a, k=keep: a * k if _is_moment(a) else a, state)
+        try:
+            step(training.given)
+        except Exception:  # a trainer may have made all of its steps
+            return True
+        results.append([a for _, a in tree_flatten(training.model.trainable_parameters())])
+        mx.eval(results)
+    return not all(mx.array_equal(*pair).item() for pair in zip(*results))
 
 
 def _own_step(training: Training) -> tuple[Callable, optim.Optimizer]:
@@ -212,11 +232,7 @@ def check_optimizer(updates: Updates) -> Finding:
             f"its step count is still {after[counts[0]].item()} after {UPDATES} updates",
             "step uses another optimizer, such as one made anew every time, or none",
         )
-    moments = {
-        n: a for n, a in after.items() if n.rpartition(".")[2] not in ("step", *_rates(after))
-    }
-    if not getattr(updates.optimizer, "momentum", 1):
-        moments = {}  # SGD without momentum keeps zeros
+    moments = _moments(updates.optimizer, after)
     dead = zeros(moments)
     still = [n for n in moments if n in before and mx.array_equal(before[n], after[n]).item()]
     if dead or still:
@@ -224,12 +240,22 @@ def check_optimizer(updates: Updates) -> Finding:
         says = f"{len(wrong)} of {len(moments)} moments {'are zero' if dead else 'did not move'}"
         cause = "their parameters get no gradient, or the state is set back at every step"
         return failed(heading, f"{says} after {UPDATES} updates: {shown(wrong)}", cause)
+    if not updates.uses_moments:
+        says = f"an update with {len(moments)} moments set to zero is the same, bit for bit"
+        return failed(heading, says, "the state is set back before every step")
     count = f"{max(made)} steps counted, " if made else ""
     return passed(heading, f"{count}{len(moments)} moments, all non-zero and moving")
 
 
-def _rates(state: dict[str, mx.array]) -> set[str]:
-    return {name.rpartition(".")[2] for name in state if state[name].ndim == 0}
+def _moments(optimizer: object, state: dict[str, mx.array]) -> dict[str, mx.array]:
+    if not getattr(optimizer, "momentum", 1):
+        return {}  # SGD without momentum keeps zeros
+    return {name: array for name, array in state.items() if _is_moment(array)}
+
+
+def _is_moment(value: object) -> bool:
+    # The step count and the learning rate are scalars.
+    return isinstance(value, mx.array) and value.ndim > 0
 
 
 def check_evaluation(updates: Updates) -> Iterator[Finding]:
