@@ -15,9 +15,11 @@ from workbench.evaluation.scoring import ask_capitals
 from workbench.export.adapters import load_adapter, save_adapter
 from workbench.live.answers import accuracy_table, draw_accuracy
 from workbench.live.chart import TrainingChart
+from workbench.live.runs import show_run
 from workbench.models.loading import load_model, load_weights, save_weights
 from workbench.probes.invariants import check_model
-from workbench.probes.memory import read_memory
+from workbench.probes.leaks import find_leak
+from workbench.probes.memory import memory_phase, read_memory
 from workbench.probes.parameters import changed, fingerprint
 from workbench.probes.resuming import check_resume
 from workbench.probes.training import check_training
@@ -43,17 +45,20 @@ __all__ = [
     "check_training",
     "describe_backend",
     "draw_accuracy",
+    "find_leak",
     "fingerprint",
     "generate",
     "load_adapter",
     "load_dataset",
     "load_model",
     "load_weights",
+    "memory_phase",
     "new_run",
     "read_memory",
     "read_metrics",
     "remove_lora",
     "save_adapter",
     "save_weights",
+    "show_run",
     "stream",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -41,6 +41,7 @@ SERIES = (GREEN, RED, ORANGE, VIOLET, BLUE, YELLOW)
 FROZEN, ZERO = "#9aa3ad40", ORANGE
 SINGLE_WIDTH, GAP = 2.4, 0.7  # of a column outside the layers; between blocks (columns)
 MEGA = 1e6
+SMALLEST = 1e-3  # percent that is drawn: a logarithm has no zero
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def draw_gradients(panels: Mapping[str, pd.Series]) -> bytes:
     keys = [Patch(color=FROZEN, label="frozen: no gradient"), Patch(color=ZERO, label="exactly 0")]
     figure.legend(handles=keys, loc="lower left", ncols=2, frameon=False, labelcolor=INK)
     counts = [f"{int((series > 0).sum())}" for series in panels.values()]
-    headline(figure, f"Gradient reaches {', then '.join(counts)} tensors")
+    headline(figure, f"Freezing decides: gradient reaches {', then '.join(counts)} tensors")
     return png(figure)
 
 
@@ -112,9 +113,9 @@ def _draw_panel(
             high = size - 0.1 * min(1.0, size)
             axes.add_patch(Rectangle(corner, width - 0.1, high, facecolor=face, linewidth=0))
         if module not in places.rows:
-            ink = INK if np.isnan(shares).all() else "white"
             style = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 9}
-            label(axes, left + width / 2 - 0.05, height / 2, module, color=ink, **style)
+            middle = (left + width / 2 - 0.05, height / 2)
+            label(axes, *middle, module, color=_ink_on(face), **style)
     axes.set_xlim(-0.2, places.right)
     axes.set_ylim(height, -0.1)
     _name_places(axes, places, names_rows)
@@ -127,10 +128,16 @@ def _title_style() -> dict[str, object]:
     return {"color": INK, "fontsize": 11, "loc": "left", "parse_math": False}
 
 
-def _face(value: float, colors: ScalarMappable) -> object:
+def _face(value: float, colors: ScalarMappable) -> str | tuple[float, ...]:
     if np.isnan(value):
         return FROZEN
-    return colors.to_rgba(value) if value > 0 else ZERO
+    return tuple(np.ravel(colors.to_rgba(value))) if value > 0 else ZERO
+
+
+def _ink_on(face: str | tuple[float, ...]) -> str:
+    if face == FROZEN:
+        return INK
+    return "black" if np.dot(to_rgb(face), (0.299, 0.587, 0.114)) > 0.5 else "white"
 
 
 def _cells(norms: pd.Series) -> dict[tuple[str, str], pd.Series]:
@@ -200,28 +207,34 @@ def draw_slopes(
         raise ConfigError("no slopes to draw", cure="Give every claim as many as were measured.")
     figure = new_figure(12, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.3])
-    ends = np.array([measured.min(), measured.max()])
-    left.plot(ends, ends, color=INK, linewidth=1.2, linestyle="--")
+    dashed = {"color": INK, "linewidth": 1.2, "linestyle": "--"}
+    left.axline((measured[0], measured[0]), slope=1, **dashed)
     order, findings = np.argsort(np.abs(measured))[::-1], []
     for (title, claim), color, marker in zip(claims.items(), SERIES, "osD^vP"):
         errors = slope_errors(measured, claim)
         style = {"color": color, "marker": marker, "markersize": 6, "linestyle": "none"}
         left.plot(measured, claim, label=title, alpha=0.85, **style)
-        right.plot(np.maximum(100 * errors[order], 1e-3), **style)
-        findings.append(f"{title}: {int((errors <= tolerance).sum())} of {len(errors)} agree")
-    right.axhline(100 * tolerance, color=INK, linewidth=1.2, linestyle="--")
+        right.plot(np.maximum(100 * errors[order], SMALLEST), **style)
+        findings.append(
+            f"{title}: {int((errors <= tolerance).sum())} of {len(errors)} slopes agree"
+        )
+    right.axhline(100 * tolerance, **dashed)
     label(right, 0, 120 * tolerance, f"allowed: {100 * tolerance:g} %", color=INK, fontsize=9)
     right.set_yscale("log")
     right.xaxis.get_major_locator().set_params(integer=True)
     name_axes(left, "slope by differences (nats a unit)", "slope by the gradient (nats a unit)")
     name_axes(right, "entry, from the steepest to the flattest", "difference (% of the slope)")
-    add_legend(left, loc="upper left", fontsize=10)
-    for axes in (left, right):
-        axes.grid(alpha=0.25, color=INK)
-        plain(axes)
+    add_legend(left, loc="lower right", fontsize=10)
+    _grid(left, right)
     headline(figure, "; ".join(findings))
     figure.subplots_adjust(left=0.075, right=0.99, top=0.89, bottom=0.12, wspace=0.17)
     return png(figure)
+
+
+def _grid(*panels: Axes) -> None:
+    for axes in panels:
+        axes.grid(alpha=0.25, color=INK)
+        plain(axes)
 
 
 def slope_errors(measured: Sequence[float], claimed: Sequence[float]) -> np.ndarray:
@@ -245,9 +258,9 @@ def draw_pending(loops: Mapping[str, pd.DataFrame]) -> bytes:
         raise ConfigError("no steps to draw", cure="Record at least one step of each loop.")
     figure = new_figure(12, 4.4)
     left, right = figure.subplots(1, 2)
-    for (title, table), color in zip(loops.items(), SERIES):
+    for at, ((title, table), color) in enumerate(zip(loops.items(), SERIES)):
         steps = np.arange(1, len(table) + 1)
-        style = {"color": color, "linewidth": 2.2, "label": title}
+        style = {"color": color, "linewidth": 2.2, "label": title, "zorder": 3 - 0.1 * at}
         left.plot(steps, table["pending"], **style)
         right.plot(steps, table["active_bytes"] / MEGA, **style)
         if table["pending"].iloc[-1]:
@@ -262,9 +275,7 @@ def draw_pending(loops: Mapping[str, pd.DataFrame]) -> bytes:
     name_axes(right, "step (updates)", "active memory above the start (MB)")
     stars = Line2D([], [], color=INK, marker="*", linestyle=":", markersize=12)
     right.legend([stars], ["peak when it is evaluated at last"], frameon=False, labelcolor=INK)
-    for axes in (left, right):
-        axes.grid(alpha=0.25, color=INK)
-        plain(axes)
+    _grid(left, right)
     legend = figure.legend(
         *left.get_legend_handles_labels(),
         loc="lower center",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import psutil
+
+MEGA = 1e6
 
 
 @dataclass(frozen=True)
@@ -22,11 +27,64 @@ class MemoryReading:
     process_bytes: int  # resident set size
 
 
+class _Peak:
+    """The largest peak of the phases that have reset MLX's own counter on the way."""
+
+    carried = 0
+
+
 def read_memory() -> MemoryReading:
     """Read MLX's counters and the process's resident set; takes some tens of microseconds."""
     return MemoryReading(
         active_bytes=mx.get_active_memory(),
         cache_bytes=mx.get_cache_memory(),
-        peak_bytes=mx.get_peak_memory(),
+        peak_bytes=max(mx.get_peak_memory(), _Peak.carried),
         process_bytes=psutil.Process().memory_info().rss,
     )
+
+
+def reset_peak() -> None:
+    """Let `peak_bytes` begin anew."""
+    _Peak.carried = 0
+    mx.reset_peak_memory()
+
+
+@dataclass
+class PhaseReading:
+    """What one phase of the work did to the memory; filled when the phase ends."""
+
+    name: str
+    seconds: float = 0.0
+    peak_bytes: int = 0  # largest active_bytes within the phase
+    before: MemoryReading | None = None
+    after: MemoryReading | None = None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Arrays that are in use after the phase and were not before it."""
+        return self.after.active_bytes - self.before.active_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.seconds:.3f} s, peak {self.peak_bytes / MEGA:.1f} MB, "
+            f"kept {self.kept_bytes / MEGA:+.1f} MB"
+        )
+
+
+@contextlib.contextmanager
+def memory_phase(name: str) -> Iterator[PhaseReading]:
+    """Measure a phase: load, forward, backward, update, validation, …
+
+    MLX computes lazily: what the phase is to be charged with must be evaluated in it. Phases may
+    stand inside each other; `read_memory().peak_bytes` goes on as if there were none.
+    """
+    reading, started = PhaseReading(name, before=read_memory()), time.perf_counter()
+    reset_peak()
+    try:
+        yield reading
+    finally:
+        reading.seconds = time.perf_counter() - started
+        # MLX counts a peak from the next allocation on: what was there already counts, too.
+        reading.peak_bytes = max(read_memory().peak_bytes, reading.before.active_bytes)
+        _Peak.carried = max(reading.before.peak_bytes, reading.peak_bytes)
+        reading.after = read_memory()

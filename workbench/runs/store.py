@@ -106,9 +106,12 @@ def read_metrics(folder: str | os.PathLike) -> pd.DataFrame:
     rows = []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError as error:
             raise RunError(f"is damaged ({error})", where=f"{path}:{number}") from None
+        if not isinstance(row, dict):
+            raise RunError("is damaged (not a JSON object)", where=f"{path}:{number}")
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -19,7 +19,7 @@ from workbench.data.batches import Batch, BatchPlan, collate
 from workbench.data.datasets import Dataset
 from workbench.errors import DataError, TrainingError
 from workbench.models.loading import BaseModel, embedding_rows
-from workbench.probes.memory import read_memory
+from workbench.probes.memory import read_memory, reset_peak
 from workbench.probes.numerics import not_finite
 from workbench.runs.store import RunFolder, as_config
 from workbench.tuning.config import StepReport, TrainConfig
@@ -111,7 +111,7 @@ class Trainer:
         if self.finished:
             raise TrainingError(f"all {self.total_steps} steps have been made")
         if not self._peak_started:
-            mx.reset_peak_memory()
+            reset_peak()
             self._peak_started = True
         with DeferredInterrupt() as interrupt:
             report = self._update()
