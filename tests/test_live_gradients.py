@@ -207,7 +207,13 @@ def test_steps_count_from_one_and_memory_is_in_megabytes(figures):
 def test_a_last_evaluation_is_marked_where_something_waits_and_nowhere_else(figures):
     draw_pending({"bad": loop([1, 2], final=9e6), "right": loop([0, 0], final=7e6)})
     stars = [line for line in figures[0].axes[1].lines if line.get_marker() == "*"]
-    assert [line.get_ydata()[0] for line in stars] == [9]
+    assert [list(line.get_ydata()) for line in stars] == [[1, 9]]
+
+
+def test_no_loop_is_left_out(figures):
+    many = {f"loop {n}": loop([n, n]) for n in range(9)}
+    draw_pending(many)
+    assert len(figures[0].axes[0].lines) == len(many)
 
 
 @pytest.mark.parametrize("loops", [{}, {"empty": loop([0]).head(0)}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import matplotlib
 import mlx.core as mx
@@ -30,6 +31,7 @@ from workbench.live.figures import (
     add_legend,
     headline,
     label,
+    literal_ticks,
     name_axes,
     new_figure,
     plain,
@@ -176,11 +178,9 @@ def _name_places(axes: Axes, places: Places, names_rows: bool) -> None:
     names = shorts if len(set(shorts)) == len(shorts) else list(places.rows)
     names = [name.replace("post_attention_", "post_attn_") for name in names]
     axes.set_yticks(np.arange(len(names)) + 0.45, names if names_rows else [""] * len(names))
-    for tick in axes.get_yticklabels():
-        tick.set_parse_math(False)
-        tick.set_fontsize(9)
+    literal_ticks(axes)
     plain(axes, keep=())
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, labelsize=9)
 
 
 def _margins(figure: Figure, top: float, bottom: float) -> dict[str, float]:
@@ -210,21 +210,20 @@ def draw_slopes(
     dashed = {"color": INK, "linewidth": 1.2, "linestyle": "--"}
     left.axline((measured[0], measured[0]), slope=1, **dashed)
     order, findings = np.argsort(np.abs(measured))[::-1], []
-    for (title, claim), color, marker in zip(claims.items(), SERIES, "osD^vP"):
+    for (title, claim), color, marker in zip(claims.items(), cycle(SERIES), cycle("osD^vP")):
         errors = slope_errors(measured, claim)
         style = {"color": color, "marker": marker, "markersize": 6, "linestyle": "none"}
         left.plot(measured, claim, label=title, alpha=0.85, **style)
         right.plot(np.maximum(100 * errors[order], SMALLEST), **style)
-        findings.append(
-            f"{title}: {int((errors <= tolerance).sum())} of {len(errors)} slopes agree"
-        )
+        agreeing = int((errors <= tolerance).sum())
+        findings.append(f"{title}: {agreeing} of {len(errors)} slopes agree")
     right.axhline(100 * tolerance, **dashed)
     label(right, 0, 120 * tolerance, f"allowed: {100 * tolerance:g} %", color=INK, fontsize=9)
     right.set_yscale("log")
     right.xaxis.get_major_locator().set_params(integer=True)
     name_axes(left, "slope by differences (nats a unit)", "slope by the gradient (nats a unit)")
     name_axes(right, "entry, from the steepest to the flattest", "difference (% of the slope)")
-    add_legend(left, loc="lower right", fontsize=10)
+    add_legend(left, loc="best", fontsize=10)
     _grid(left, right)
     headline(figure, "; ".join(findings))
     figure.subplots_adjust(left=0.075, right=0.99, top=0.89, bottom=0.12, wspace=0.17)
@@ -258,16 +257,15 @@ def draw_pending(loops: Mapping[str, pd.DataFrame]) -> bytes:
         raise ConfigError("no steps to draw", cure="Record at least one step of each loop.")
     figure = new_figure(12, 4.4)
     left, right = figure.subplots(1, 2)
-    for at, ((title, table), color) in enumerate(zip(loops.items(), SERIES)):
-        steps = np.arange(1, len(table) + 1)
+    for at, ((title, table), color) in enumerate(zip(loops.items(), cycle(SERIES))):
+        steps, active = np.arange(1, len(table) + 1), table["active_bytes"] / MEGA
         style = {"color": color, "linewidth": 2.2, "label": title, "zorder": 3 - 0.1 * at}
         left.plot(steps, table["pending"], **style)
-        right.plot(steps, table["active_bytes"] / MEGA, **style)
+        right.plot(steps, active, **style)
         if table["pending"].iloc[-1]:
-            ends = [table["active_bytes"].iloc[-1], table["final_bytes"].iloc[-1]]
-            style = {"color": color, "clip_on": False}
-            right.plot([steps[-1]] * 2, np.divide(ends, MEGA), ":", linewidth=1.6, **style)
-            right.plot(steps[-1], ends[1] / MEGA, "*", markersize=12, **style)
+            ends = [active.iloc[-1], table["final_bytes"].iloc[-1] / MEGA]
+            style = {"color": color, "linestyle": ":", "marker": "*", "markersize": 12}
+            right.plot([steps[-1]] * 2, ends, markevery=[1], clip_on=False, **style)
     left.set_yscale("symlog", linthresh=1)
     left.set_ylim(bottom=-0.15)
     right.set_ylim(bottom=0)
@@ -276,14 +274,8 @@ def draw_pending(loops: Mapping[str, pd.DataFrame]) -> bytes:
     stars = Line2D([], [], color=INK, marker="*", linestyle=":", markersize=12)
     right.legend([stars], ["peak when it is evaluated at last"], frameon=False, labelcolor=INK)
     _grid(left, right)
-    legend = figure.legend(
-        *left.get_legend_handles_labels(),
-        loc="lower center",
-        ncols=len(loops),
-        frameon=False,
-        labelcolor=INK,
-    )
-    for text in legend.get_texts():
+    style = {"loc": "lower center", "ncols": len(loops), "frameon": False, "labelcolor": INK}
+    for text in figure.legend(*left.get_legend_handles_labels(), **style).get_texts():
         text.set_parse_math(False)
     headline(figure, _growth(loops))
     figure.subplots_adjust(left=0.07, right=0.99, top=0.89, bottom=0.22, wspace=0.15)
