@@ -6,14 +6,17 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lab notebooks lint clean
+.PHONY: quickstart test test-long lab notebooks lint clean
 
 quickstart: $(INSTALLED)  ## fine-tune a real model, and show the result
 	$(BIN)/python -m workbench.runs.notebooks notebooks/00_quickstart.ipynb --out build --echo -p verbose True
 	@echo "The executed notebook: build/00_quickstart.ipynb. To look at it: make lab"
 
-test: $(INSTALLED)  ## every test
+test: $(INSTALLED)  ## the tests, every notebook once with small parameters
 	$(BIN)/python -m pytest
+
+test-long: $(INSTALLED)  ## the notebooks again, small and whole, compared by nbval
+	$(BIN)/python -m pytest -m long
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=.
