@@ -14,6 +14,7 @@ MODULES = sorted((ROOT / "workbench").rglob("*.py"))
 FLOORS = {  # a room may import from its own floor and from those below
     "errors": 0,
     "blas": 1,
+    "machine": 1,
     "backend": 2,
     "models": 3,
     "data": 3,

@@ -105,5 +105,5 @@ def test_no_metrics_raise(tmp_path):
 def test_a_full_disk_names_the_step_and_leaves_no_half_line(tmp_path):
     finished = run(FULL_DISK.format(folder=str(tmp_path / "run")))  # room for 30 bytes
     assert finished.code == 0, finished.err
-    assert "metrics of step 2 cannot be written" in finished.out
+    assert "row of step 2 cannot be written" in finished.out
     assert read_metrics(tmp_path / "run").step.tolist() == [1, 3]

@@ -17,6 +17,8 @@ from workbench.live.answers import accuracy_table, draw_accuracy
 from workbench.live.chart import TrainingChart
 from workbench.live.runs import show_run
 from workbench.models.loading import load_model, load_weights, save_weights
+from workbench.probes.alive import what_is_alive
+from workbench.probes.guard import MemoryGuard
 from workbench.probes.invariants import check_model
 from workbench.probes.leaks import find_leak
 from workbench.probes.memory import memory_phase, read_memory
@@ -30,6 +32,7 @@ from workbench.tuning.trainer import Trainer
 
 __all__ = [
     "LoRAConfig",
+    "MemoryGuard",
     "StepReport",
     "TrainConfig",
     "Trainer",
@@ -61,4 +64,5 @@ __all__ = [
     "save_weights",
     "show_run",
     "stream",
+    "what_is_alive",
 ]

@@ -11,11 +11,12 @@ import time
 from dataclasses import dataclass
 
 import mlx.core as mx
-import psutil
 
 from workbench.blas import Blas, load_blas
+from workbench.machine import machine_memory
 
 REPORTED_PACKAGES = ("mlx", "mlx-lm", "safetensors", "transformers", "jupyterlab", "papermill")
+CPU_CACHE_BYTES = 2_000_000_000
 MATMUL_SIZE = 1024  # rows and columns of the measured product
 
 
@@ -27,14 +28,16 @@ class Backend:
     blas: Blas
     float32_gflops: float  # measured, 1024 × 1024 × 1024
     cores: int
-    total_bytes: int  # memory of the machine
-    available_bytes: int
+    total_bytes: int | None  # memory of the machine, or of the container; None: not known
+    available_bytes: int | None
     versions: dict[str, str]
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, value) pairs, in the order in which they are shown."""
         blas = f"{self.blas.name} ({self.blas.source})"
-        memory = f"{self.available_bytes / 1e9:.1f} GB free of {self.total_bytes / 1e9:.1f} GB"
+        memory = "not known"
+        if self.total_bytes is not None:
+            memory = f"{self.available_bytes / 1e9:.1f} GB free of {self.total_bytes / 1e9:.1f} GB"
         rows = [
             ("device", f"{self.device}, {self.cores} cores"),
             ("BLAS", blas),
@@ -73,8 +76,10 @@ def default_cache_limit() -> int:
 
     On a CPU, 2 GB trained SmolLM2 as fast as 8 GB did; on a GPU this was not measured.
     """
-    third = psutil.virtual_memory().total // 3
-    return third if on_gpu() else min(2_000_000_000, third)
+    memory = machine_memory()
+    if memory is None:
+        return CPU_CACHE_BYTES
+    return memory.total_bytes // 3 if on_gpu() else min(CPU_CACHE_BYTES, memory.total_bytes // 3)
 
 
 def measure_matmul(size: int = MATMUL_SIZE, seconds: float = 0.3) -> float:
@@ -91,15 +96,15 @@ def measure_matmul(size: int = MATMUL_SIZE, seconds: float = 0.3) -> float:
 
 def describe_backend() -> Backend:
     """Measure and describe the machine that MLX runs on; takes about half a second."""
-    memory = psutil.virtual_memory()
+    memory = machine_memory()
     versions = {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}
     return Backend(
         device=_device_name(),
         blas=load_blas(),
         float32_gflops=measure_matmul(),
         cores=_usable_cores(),
-        total_bytes=memory.total,
-        available_bytes=memory.available,
+        total_bytes=memory.total_bytes if memory else None,
+        available_bytes=memory.available_bytes if memory else None,
         versions={"python": platform.python_version(), **versions},
     )
 

@@ -64,6 +64,10 @@ class BackendWarning(UserWarning):
     """MLX will work on this machine, but far below its speed."""
 
 
+class MemoryWarning(UserWarning):
+    """The process comes near to what the machine can give, or has been stopped there."""
+
+
 def check_whole(name: str, value: object, smallest: int) -> None:
     """Raise ConfigError unless a setting is a whole number from `smallest`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < smallest:

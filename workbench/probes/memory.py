@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
-import psutil
+
+from workbench.machine import machine_memory, process_memory
 
 MEGA = 1e6
 
@@ -24,7 +25,8 @@ class MemoryReading:
     active_bytes: int  # arrays in use
     cache_bytes: int  # freed, kept by MLX's allocator for reuse
     peak_bytes: int  # largest active_bytes since the last reset
-    process_bytes: int  # resident set size
+    process_bytes: int | None = None  # resident set; on macOS the footprint; None: not known
+    available_bytes: int | None = None  # what the machine could still give without swapping
 
 
 class _Peak:
@@ -34,12 +36,14 @@ class _Peak:
 
 
 def read_memory() -> MemoryReading:
-    """Read MLX's counters and the process's resident set; takes some tens of microseconds."""
+    """Read MLX's counters, the process's memory and the machine's; takes about 0.2 ms."""
+    machine = machine_memory()
     return MemoryReading(
         active_bytes=mx.get_active_memory(),
         cache_bytes=mx.get_cache_memory(),
         peak_bytes=max(mx.get_peak_memory(), _Peak.carried),
-        process_bytes=psutil.Process().memory_info().rss,
+        process_bytes=process_memory(),
+        available_bytes=machine.available_bytes if machine else None,
     )
 
 

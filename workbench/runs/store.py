@@ -70,14 +70,14 @@ class RunFolder:
         except FileFormatError as error:
             raise RunError(f"cannot be written ({error.what})", where=folder) from error
 
-    def append(self, metrics: Mapping[str, object]) -> None:
-        """Add one step's metrics as a line; it is on its way to the disk when this returns.
+    def append(self, row: Mapping[str, object], name: str = METRICS_NAME) -> None:
+        """Add a row, such as a step's metrics, as a line; it is on its way to the disk then.
 
         Raises:
             RunError: the line cannot be written.
         """
-        line = json.dumps(metrics) + "\n"  # NaN, of a validation, stays NaN
-        path = self.folder / METRICS_NAME
+        line = json.dumps(row) + "\n"  # NaN, of a validation, stays NaN
+        path = self.folder / name
         written = path.stat().st_size if path.exists() else 0
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -86,8 +86,8 @@ class RunFolder:
             with contextlib.suppress(OSError):  # a full disk may hold half of the line
                 os.truncate(path, written)
             raise RunError(
-                f"the metrics of step {metrics.get('step')} cannot be written ({error.strerror})",
-                where=self.folder,
+                f"the row of step {row.get('step')} cannot be written ({error.strerror})",
+                where=path,
                 cure="Free some space; the trainer's weights and reports are intact.",
             ) from None
 
@@ -98,11 +98,20 @@ def read_metrics(folder: str | os.PathLike) -> pd.DataFrame:
     Raises:
         RunError: there are none, or a line is damaged.
     """
-    path = Path(folder) / METRICS_NAME
+    return pd.DataFrame(read_rows(folder, METRICS_NAME))
+
+
+def read_rows(folder: str | os.PathLike, name: str) -> list[dict[str, object]]:
+    """The rows of one of a run's files; a last line that is only half written is left out.
+
+    Raises:
+        RunError: there is no such file, or a line is damaged.
+    """
+    path = Path(folder) / name
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"has no readable {METRICS_NAME} ({error})", where=folder) from None
+        raise RunError(f"has no readable {name} ({error})", where=folder) from None
     rows = []
     for number, line in enumerate(lines[:-1], 1):
         try:
@@ -112,7 +121,7 @@ def read_metrics(folder: str | os.PathLike) -> pd.DataFrame:
         if not isinstance(row, dict):
             raise RunError("is damaged (not a JSON object)", where=f"{path}:{number}")
         rows.append(row)
-    return pd.DataFrame(rows)
+    return rows
 
 
 def as_config(**parts: object) -> dict[str, object]:

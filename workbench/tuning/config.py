@@ -15,8 +15,10 @@ WHOLE_NUMBERS = {  # field: smallest value
     "warmup_steps": 0,
     "valid_every": 0,
     "cache_limit_bytes": 0,
+    "memory_limit_bytes": 0,
     "seed": 0,
 }
+MAY_BE_NONE = ("steps", "cache_limit_bytes", "memory_limit_bytes")
 NUMBERS = {  # field: smallest value
     "learning_rate": 0.0,
     "min_learning_rate": 0.0,
@@ -44,12 +46,13 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     valid_every: int = 0  # steps between validations; 0: after the last step only
     cache_limit_bytes: int | None = None  # kept by MLX for reuse; None: default_cache_limit()
+    memory_limit_bytes: int | None = None  # of the process; None: 95 % of what it can have; 0: none
     seed: int = 0  # of the order and of dropout
 
     def __post_init__(self):
         for name, smallest in WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if value is not None or name not in ("steps", "cache_limit_bytes"):
+            if value is not None or name not in MAY_BE_NONE:
                 check_whole(name, value, smallest)
         for name, smallest in NUMBERS.items():
             check_number(name, getattr(self, name), smallest)
@@ -87,13 +90,15 @@ class StepReport:
     active_bytes: int
     cache_bytes: int
     peak_bytes: int  # since the training began
-    process_bytes: int
+    process_bytes: int | None  # None: not known
+    available_bytes: int | None = None  # what the machine could still give without swapping
     valid_loss: float | None = None  # mean cross-entropy, where this step validated
 
     def __str__(self) -> str:
         valid = "" if self.valid_loss is None else f"  valid {self.valid_loss:.4f}"
+        held = "" if self.process_bytes is None else f"  {self.process_bytes / 1e9:.2f} GB"
         return (
             f"step {self.step}/{self.total_steps}  loss {self.loss:.4f}{valid}  "
             f"lr {self.learning_rate:.2e}  grad {self.grad_norm:.2f}  "
-            f"{self.tokens_per_second:.0f} tokens/s  {self.process_bytes / 1e9:.2f} GB"
+            f"{self.tokens_per_second:.0f} tokens/s{held}"
         )

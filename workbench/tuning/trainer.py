@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,18 +18,19 @@ from mlx.utils import tree_flatten, tree_map
 from workbench.backend import default_cache_limit
 from workbench.data.batches import Batch, BatchPlan, collate
 from workbench.data.datasets import Dataset
-from workbench.errors import DataError, TrainingError
-from workbench.models.loading import BaseModel, embedding_rows
+from workbench.errors import MemoryWarning, RunError, TrainingError, check_number
+from workbench.models.loading import BaseModel
+from workbench.probes.guard import FINE, OVER, MemoryGuard
 from workbench.probes.memory import read_memory, reset_peak
 from workbench.probes.numerics import not_finite
 from workbench.runs.store import RunFolder, as_config
+from workbench.tuning.checkpoints import save_checkpoint
 from workbench.tuning.config import StepReport, TrainConfig
 from workbench.tuning.gradients import clip_by_global_norm
 from workbench.tuning.interrupts import DeferredInterrupt
 from workbench.tuning.losses import LossFunction, default_loss, mean_loss
+from workbench.tuning.refusals import check_rows, require_finite
 from workbench.tuning.schedules import learning_rate_at
-
-NAMED_IN_ERROR = 5  # bad gradients that an error lists
 
 
 class Trainer:
@@ -63,7 +65,7 @@ class Trainer:
         self.model = base.model
         if not tree_flatten(self.model.trainable_parameters()):
             raise TrainingError("nothing is trainable", cure="Attach an adapter: wb.add_lora(…).")
-        _check_rows(data, base)
+        check_rows(data, base)
         self.plan = BatchPlan(
             tuple(map(len, data.train)),
             self.config.micro_batch_size,
@@ -81,8 +83,11 @@ class Trainer:
         self.optimizer.init(self.model.trainable_parameters())
         self.loss_fn = loss_fn or default_loss(self.model)
         self.reports: list[StepReport] = []
+        self.guard = MemoryGuard(self.config.memory_limit_bytes)
+        self.stop_reason = ""  # why the loop ended early
+        self._peak_rate = self.config.learning_rate
         self._loss_and_grad = nn.value_and_grad(self.model, self.loss_fn)
-        self._peak_started = False
+        self._peak_started = self._warned = False
         config_on_disk = as_config(train=self.config, model=base.name, data=data.name)
         self.run = RunFolder(run_dir, config_on_disk) if run_dir is not None else None
 
@@ -96,9 +101,33 @@ class Trainer:
         """Whether every step has been made."""
         return self.steps_done >= self.total_steps
 
-    def __iter__(self) -> Iterator[StepReport]:
+    @property
+    def peak_learning_rate(self) -> float:
+        """The largest learning rate; when set, the schedule goes on with it from the next step."""
+        return self._peak_rate
+
+    @peak_learning_rate.setter
+    def peak_learning_rate(self, rate: float) -> None:
+        check_number("peak_learning_rate", rate, 0)
+        self._peak_rate = float(rate)
+
+    def stop(self, reason: str = "stopped by request") -> None:
+        """End the loop after the step that is being made. Sets a flag only: any thread may call."""
+        self.stop_reason = reason
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """For a loop that calls `step` itself: sets MLX's limits, and brings the old ones back.
+
+        Such a loop goes on while not `finished` and not `stop_reason`.
+        """
+        self.stop_reason = ""
         with cache_limit(self.config.cache_limit_bytes):
-            while not self.finished:
+            yield
+
+    def __iter__(self) -> Iterator[StepReport]:
+        with self.session():
+            while not self.finished and not self.stop_reason:
                 yield self.step()
 
     def step(self) -> StepReport:
@@ -122,7 +151,35 @@ class Trainer:
                 self.reports.append(report)
                 if self.run is not None:
                     self.run.append(dataclasses.asdict(report))
+            self._watch_memory(report)
         return report
+
+    def save_checkpoint(self) -> Path:
+        """Write weights, optimizer state and place in the data to `checkpoints/` of the run folder.
+
+        Raises:
+            RunError: the trainer has no run folder, or it cannot be written.
+        """
+        if self.run is None:
+            raise RunError("a checkpoint needs a run folder", cure="Give Trainer a run_dir.")
+        state = {"train": self.config, "peak_learning_rate": self._peak_rate}
+        folder = self.run.folder
+        return save_checkpoint(folder, self.steps_done, self.model, self.optimizer, state)
+
+    def _watch_memory(self, report: StepReport) -> None:
+        """Empty the cache when memory gets tight; checkpoint and stop before the machine swaps."""
+        if self.guard.verdict(report) == FINE:
+            return
+        mx.clear_cache()
+        now = read_memory()
+        if self.guard.verdict(now) == OVER:
+            saved = f"; checkpoint in {self.save_checkpoint()}" if self.run is not None else ""
+            self.stop(f"memory: {self.guard.explain(now)}")
+            warnings.warn(f"stopped: {self.guard.explain(now)}{saved}", MemoryWarning, stacklevel=3)
+        elif not self._warned:
+            self._warned = True
+            text = f"{self.guard.explain(report)}; MLX's cache was emptied"
+            warnings.warn(text, MemoryWarning, stacklevel=3)
 
     def validate(self, interrupt: DeferredInterrupt | None = None) -> float | None:
         """Mean cross-entropy over the validation targets; None if interrupted on the way."""
@@ -148,7 +205,7 @@ class Trainer:
         gradients = tree_map(lambda g: g / num_tokens, gradients)
         clipped, norm = clip_by_global_norm(gradients, self.config.max_grad_norm)
         places = [self.data.train[row].where for batch in batches for row in batch.rows]
-        _require_finite(loss, norm, gradients, step + 1, places)
+        require_finite(loss, norm, gradients, step + 1, places)
         rate = self.learning_rate(step)
         self._apply(clipped, loss, rate, step + 1)
         seconds, clip_at = time.perf_counter() - started, self.config.max_grad_norm
@@ -173,8 +230,8 @@ class Trainer:
         return learning_rate_at(
             step,
             schedule=self.config.schedule,
-            peak=self.config.learning_rate,
-            floor=self.config.min_learning_rate,
+            peak=self._peak_rate,
+            floor=min(self.config.min_learning_rate, self._peak_rate),
             warmup_steps=self.config.warmup_steps,
             total_steps=self.total_steps,
         )
@@ -225,37 +282,3 @@ def cache_limit(limit: int | None) -> Iterator[None]:
 
 def _step_seed(seed: int, step: int) -> int:
     return ((seed & 0xFFFFFFFF) << 32) | (step & 0xFFFFFFFF)
-
-
-def _check_rows(data: Dataset, base: BaseModel) -> None:
-    vocab_size = embedding_rows(base.model, base.config)
-    positions = getattr(base.config, "max_position_embeddings", None) or math.inf
-    for example in [*data.train, *data.valid]:
-        outside = example.tokens[(example.tokens < 0) | (example.tokens >= vocab_size)]
-        if len(outside):
-            raise DataError(
-                f"token id {outside[0]} is outside the vocabulary of {vocab_size}",
-                where=example.where,
-                cure="Tokenise the data with this model's own tokenizer.",
-            )
-        if len(example) - 1 > positions:  # the last token is a target only
-            raise DataError(
-                f"has {len(example)} tokens, the model has room for {positions}",
-                where=example.where,
-                cure=f"Load the data with max_length={positions}.",
-            )
-
-
-def _require_finite(
-    loss: mx.array, norm: mx.array, gradients: dict, step: int, places: Sequence[str]
-) -> None:
-    mx.eval(loss, norm)
-    if math.isfinite(loss.item()) and math.isfinite(norm.item()):
-        return
-    bad = not_finite(gradients)
-    named = ", ".join(bad[:NAMED_IN_ERROR]) + (", …" if len(bad) > NAMED_IN_ERROR else "")
-    raise TrainingError(
-        f"step {step} gave loss {loss.item()} and gradient norm {norm.item()} "
-        f"({', '.join(places)}; gradients that are not finite: {named or 'none'})",
-        cure="The step was not made. Lower the learning rate, or look at these rows.",
-    )

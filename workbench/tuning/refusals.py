@@ -1,0 +1,51 @@
+"""What a trainer refuses: rows that the network cannot take, steps that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from workbench.data.datasets import Dataset
+from workbench.errors import DataError, TrainingError
+from workbench.models.loading import BaseModel, embedding_rows
+from workbench.probes.numerics import not_finite
+
+NAMED_IN_ERROR = 5  # bad gradients that an error lists
+
+
+def check_rows(data: Dataset, base: BaseModel) -> None:
+    """Raise DataError if a row has ids that the embedding lacks, or more tokens than positions."""
+    vocab_size = embedding_rows(base.model, base.config)
+    positions = getattr(base.config, "max_position_embeddings", None) or math.inf
+    for example in [*data.train, *data.valid]:
+        outside = example.tokens[(example.tokens < 0) | (example.tokens >= vocab_size)]
+        if len(outside):
+            raise DataError(
+                f"token id {outside[0]} is outside the vocabulary of {vocab_size}",
+                where=example.where,
+                cure="Tokenise the data with this model's own tokenizer.",
+            )
+        if len(example) - 1 > positions:  # the last token is a target only
+            raise DataError(
+                f"has {len(example)} tokens, the model has room for {positions}",
+                where=example.where,
+                cure=f"Load the data with max_length={positions}.",
+            )
+
+
+def require_finite(
+    loss: mx.array, norm: mx.array, gradients: dict, step: int, places: Sequence[str]
+) -> None:
+    """Raise TrainingError, naming rows and parameters, if loss or gradient norm is not finite."""
+    mx.eval(loss, norm)
+    if math.isfinite(loss.item()) and math.isfinite(norm.item()):
+        return
+    bad = not_finite(gradients)
+    named = ", ".join(bad[:NAMED_IN_ERROR]) + (", …" if len(bad) > NAMED_IN_ERROR else "")
+    raise TrainingError(
+        f"step {step} gave loss {loss.item()} and gradient norm {norm.item()} "
+        f"({', '.join(places)}; gradients that are not finite: {named or 'none'})",
+        cure="The step was not made. Lower the learning rate, or look at these rows.",
+    )
