@@ -56,7 +56,7 @@ def test_impossible_limits_are_refused(limit):
 
 def test_tight_memory_empties_the_cache_warns_once_and_goes_on():
     trainer = toy_trainer(epochs=2, memory_limit_bytes=int(read_memory().process_bytes / 0.9))
-    with pytest.warns(MemoryWarning, match=r"9\d% of the limit.*cache was emptied") as caught:
+    with pytest.warns(MemoryWarning, match=r"9\d% of the limit.*cache is emptied") as caught:
         cached = [mx.get_cache_memory() for _ in trainer]
     assert trainer.finished
     assert not any(cached)
@@ -90,6 +90,6 @@ def test_emptying_the_cache_may_be_enough(monkeypatch):
     high = MemoryReading(0, 0, 0, HUGE, 0)
     readings = iter([high, read_memory(), *[read_memory()] * 10])  # over, then fine once emptied
     monkeypatch.setattr(trainer_module, "read_memory", lambda: next(readings))
-    with pytest.warns(MemoryWarning, match="cache was emptied"):
+    with pytest.warns(MemoryWarning, match="cache is emptied"):
         list(trainer)
     assert trainer.finished

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from workbench.probes.memory import memory_phase, read_memory, reset_peak
+from workbench.probes.memory import memory_phase, read_memory, release_memory, reset_peak
 
 SIZE = 40_000_000  # bytes
 
@@ -69,3 +69,14 @@ def test_an_error_ends_the_phase():
     with pytest.raises(ValueError, match="planted"), memory_phase("failing") as failing:
         raise ValueError("planted")
     assert failing.after is not None
+
+
+def test_released_memory_leaves_the_process():
+    many = [mx.ones(250_000) + number for number in range(300)]  # 1 MB each: the C library's heap
+    mx.eval(many)
+    held = read_memory().process_bytes
+    del many
+    release_memory()
+    after = read_memory()
+    assert after.cache_bytes == 0
+    assert held - after.process_bytes > 200e6

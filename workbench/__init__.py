@@ -21,7 +21,7 @@ from workbench.probes.alive import what_is_alive
 from workbench.probes.guard import MemoryGuard
 from workbench.probes.invariants import check_model
 from workbench.probes.leaks import find_leak
-from workbench.probes.memory import memory_phase, read_memory
+from workbench.probes.memory import memory_phase, read_memory, release_memory
 from workbench.probes.parameters import changed, fingerprint
 from workbench.probes.resuming import check_resume
 from workbench.probes.training import check_training
@@ -59,6 +59,7 @@ __all__ = [
     "new_run",
     "read_memory",
     "read_metrics",
+    "release_memory",
     "remove_lora",
     "save_adapter",
     "save_weights",

@@ -21,7 +21,7 @@ from workbench.data.datasets import Dataset
 from workbench.errors import MemoryWarning, RunError, TrainingError, check_number
 from workbench.models.loading import BaseModel
 from workbench.probes.guard import FINE, OVER, MemoryGuard
-from workbench.probes.memory import read_memory, reset_peak
+from workbench.probes.memory import read_memory, release_memory, reset_peak
 from workbench.probes.numerics import not_finite
 from workbench.runs.store import RunFolder, as_config
 from workbench.tuning.checkpoints import save_checkpoint
@@ -170,7 +170,7 @@ class Trainer:
         """Empty the cache when memory gets tight; checkpoint and stop before the machine swaps."""
         if self.guard.verdict(report) == FINE:
             return
-        mx.clear_cache()
+        release_memory()
         now = read_memory()
         if self.guard.verdict(now) == OVER:
             saved = f"; checkpoint in {self.save_checkpoint()}" if self.run is not None else ""
@@ -178,7 +178,7 @@ class Trainer:
             warnings.warn(f"stopped: {self.guard.explain(now)}{saved}", MemoryWarning, stacklevel=3)
         elif not self._warned:
             self._warned = True
-            text = f"{self.guard.explain(report)}; MLX's cache was emptied"
+            text = f"{self.guard.explain(report)}; MLX's cache is emptied after each step"
             warnings.warn(text, MemoryWarning, stacklevel=3)
 
     def validate(self, interrupt: DeferredInterrupt | None = None) -> float | None:
