@@ -93,3 +93,13 @@ def test_emptying_the_cache_may_be_enough(monkeypatch):
     with pytest.warns(MemoryWarning, match="cache is emptied"):
         list(trainer)
     assert trainer.finished
+
+
+def test_a_step_that_needs_too_much_by_itself_stops_the_run(monkeypatch):
+    trainer = toy_trainer(epochs=4, memory_limit_bytes=10 * read_memory().process_bytes)
+    high, low = MemoryReading(0, 0, 0, HUGE, 0), read_memory()
+    readings = iter([high, low, high, low, high])  # each step is over, each release helps
+    monkeypatch.setattr(trainer_module, "read_memory", lambda: next(readings))
+    with pytest.warns(MemoryWarning, match="stopped"):
+        list(trainer)
+    assert trainer.steps_done == 2

@@ -39,10 +39,10 @@ class LeakReport:
         return max(0.0, (limit_bytes - now) / self.slope)
 
     def __str__(self) -> str:
-        return (
-            f"{self.verdict}: {self.slope / MEGA:+.3f} MB a step "
-            f"({self.low / MEGA:+.3f} to {self.high / MEGA:+.3f}) over {self.num_steps} steps"
-        )
+        slope, low, high = (
+            f"{round(rate / MEGA, 3) + 0.0:+.3f}" for rate in (self.slope, self.low, self.high)
+        )  # + 0.0: no minus before a zero
+        return f"{self.verdict}: {slope} MB a step ({low} to {high}) over {self.num_steps} steps"
 
 
 def find_leak(

@@ -88,6 +88,7 @@ class Trainer:
         self._peak_rate = self.config.learning_rate
         self._loss_and_grad = nn.value_and_grad(self.model, self.loss_fn)
         self._peak_started = self._warned = False
+        self._lean = False  # whether the step began with an empty cache
         config_on_disk = as_config(train=self.config, model=base.name, data=data.name)
         self.run = RunFolder(run_dir, config_on_disk) if run_dir is not None else None
 
@@ -167,15 +168,17 @@ class Trainer:
         return save_checkpoint(folder, self.steps_done, self.model, self.optimizer, state)
 
     def _watch_memory(self, report: StepReport) -> None:
-        """Empty the cache when memory gets tight; checkpoint and stop before the machine swaps."""
-        if self.guard.verdict(report) == FINE:
+        """Release memory when it gets tight; checkpoint and stop before the machine swaps."""
+        verdict, lean = self.guard.verdict(report), self._lean
+        self._lean = verdict != FINE
+        if not self._lean:
             return
         release_memory()
-        now = read_memory()
-        if self.guard.verdict(now) == OVER:
+        if verdict == OVER and (lean or self.guard.verdict(read_memory()) == OVER):
             saved = f"; checkpoint in {self.save_checkpoint()}" if self.run is not None else ""
-            self.stop(f"memory: {self.guard.explain(now)}")
-            warnings.warn(f"stopped: {self.guard.explain(now)}{saved}", MemoryWarning, stacklevel=3)
+            self.stop(f"memory: {self.guard.explain(report)}")
+            text = f"stopped: {self.guard.explain(report)}{saved}"
+            warnings.warn(text, MemoryWarning, stacklevel=3)
         elif not self._warned:
             self._warned = True
             text = f"{self.guard.explain(report)}; MLX's cache is emptied after each step"
