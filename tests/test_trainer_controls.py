@@ -10,6 +10,7 @@ from workbench.errors import ConfigError, RunError
 from workbench.models.files import read_json, read_safetensors
 from workbench.runs import commits
 from workbench.runs.commits import verify_folder
+from workbench.tuning.losses import supervised_loss
 
 
 def test_stop_ends_the_loop_after_the_step_and_the_next_loop_goes_on():
@@ -65,6 +66,14 @@ def test_a_peak_below_the_floor_lowers_the_floor():
     trainer.peak_learning_rate = 1e-5
     rates = [trainer.learning_rate(step) for step in range(trainer.total_steps)]
     assert max(rates) <= 1e-5
+
+
+def test_another_loss_takes_effect_at_the_next_step():
+    trainer, plain = toy_trainer(epochs=2), toy_trainer(epochs=2)
+    trainer.step()
+    plain.step()
+    trainer.loss_fn = lambda model, batch: 3 * supervised_loss(model, batch)
+    assert trainer.step().loss == pytest.approx(3 * plain.step().loss)
 
 
 @pytest.mark.parametrize("rate", [-1e-3, float("nan"), float("inf"), "1e-3", None, True])

@@ -132,7 +132,7 @@ def draw_leak(curves: Mapping[str, Sequence[float]], reports: Mapping[str, LeakR
         raise ConfigError(f"no report for {sorted(set(curves) - set(reports))}")
     figure = new_figure(12, 4.2)
     axes = figure.subplots()
-    for (title, values), color in zip(curves.items(), (RED, GREEN, *SERIES)):
+    for (title, values), color in zip(curves.items(), SERIES):
         _draw_curve(axes, title, np.asarray(values) / MEGA, reports[title], color)
     name_axes(axes, "step (updates)", "arrays in use (MB)")
     add_legend(axes, loc="upper left", fontsize=10)

@@ -86,7 +86,6 @@ class Trainer:
         self.guard = MemoryGuard(self.config.memory_limit_bytes)
         self.stop_reason = ""  # why the loop ended early
         self._peak_rate = self.config.learning_rate
-        self._loss_and_grad = nn.value_and_grad(self.model, self.loss_fn)
         self._peak_started = self._warned = False
         self._lean = False  # whether the step began with an empty cache
         config_on_disk = as_config(train=self.config, model=base.name, data=data.name)
@@ -243,10 +242,11 @@ class Trainer:
         """Sums of loss and gradients over micro-batches; each is evaluated before the next."""
         mx.random.seed(_step_seed(self.config.seed, step))  # dropout: from (seed, step) alone
         self.model.train()
+        loss_and_grad = nn.value_and_grad(self.model, self.loss_fn)
         total, gradients = mx.array(0.0), None
         try:
             for batch in batches:
-                loss, new = self._loss_and_grad(self.model, batch)
+                loss, new = loss_and_grad(self.model, batch)
                 gradients = new if gradients is None else tree_map(mx.add, gradients, new)
                 total = total + loss
                 mx.eval(total, gradients)
