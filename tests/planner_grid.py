@@ -1,0 +1,266 @@
+"""Planned against measured: real training steps over a grid of settings.
+
+The notebook shows the table; the tests hold its bars.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pandas as pd
+from mlx.utils import tree_flatten
+
+from tests.toy import TOY_CONFIG, toy_base
+from workbench.data.batches import Batch
+from workbench.data.datasets import Dataset
+from workbench.data.examples import Example
+from workbench.models.llama import DecoderLayer
+from workbench.models.loading import BaseModel, load_model
+from workbench.probes.planner import plan_memory
+from workbench.probes.planning.machine import Machine
+from workbench.probes.planning.network import CHUNK
+from workbench.probes.planning.plan import MemoryPlan
+from workbench.tuning.config import TrainConfig
+from workbench.tuning.lora import LoRAConfig, add_lora, remove_lora
+from workbench.tuning.losses import next_token_pairs
+from workbench.tuning.trainer import Trainer
+
+REAL = "smollm2-135m"
+STEPS = 2  # the optimizer's state is there from the second step on
+MACHINE = Machine("a CPU", 10**12)
+MEGA = 1e6
+SHAPES = {  # toys of several proportions
+    "toy": {
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "vocab_size": 2000,
+    },
+    "deep": {
+        "hidden_size": 96,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "intermediate_size": 256,
+        "num_hidden_layers": 12,
+        "vocab_size": 500,
+    },
+    "wide": {
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 2,
+        "vocab_size": 300,
+    },
+    "words": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "vocab_size": 20000,
+        "tie_word_embeddings": False,
+    },
+}
+FOREIGN = ("qwen2", "qwen3")  # toys in the first shape, built by mlx-lm
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration: a model, and arguments of `plan_memory`."""
+
+    model: str  # a name in SHAPES or FOREIGN, or REAL
+    rows: int = 4
+    length: int = 64
+    lora: Mapping[str, object] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        changes = ", ".join(f"{k}={v}" for k, v in {**self.lora, **self.settings}.items())
+        return f"{self.model} {self.rows} × {self.length}" + (f", {changes}" if changes else "")
+
+
+SMALL = (  # seconds
+    Case("toy"),
+    Case("toy", lora={"rank": 32}),
+    Case("toy", lora={"target_modules": ["q_proj", "v_proj"]}),
+    Case("toy", lora={"num_layers": 1}),
+    Case("toy", lora={"dropout": 0.1}),
+    Case("toy", settings={"supervised": 0.25}),
+    Case("toy", settings={"mode": "head"}),
+    Case("toy", settings={"mode": "full"}),
+    Case("toy", settings={"grad_accum_steps": 3}),
+    Case("toy", rows=2, length=96, settings={"grad_checkpoint": True}),
+    Case("qwen3"),
+    Case("wide"),
+    Case("words"),
+    Case("words", settings={"fused_loss": True}),
+)
+LARGE = (  # a minute
+    Case("toy", rows=8),
+    Case("toy", rows=2, length=192),
+    Case("toy", length=96, settings={"grad_checkpoint": True, "mode": "full"}),
+    Case("toy", settings={"bits": 4}),
+    Case("toy", settings={"dtype": "bfloat16"}),
+    Case("qwen2", length=96),
+    Case("deep"),
+    Case("deep", length=128, settings={"grad_checkpoint": True}),
+    Case("wide", rows=1, length=16, settings={"mode": "full"}),
+    Case("words", settings={"mode": "head", "supervised": 0.5}),
+    Case("words", rows=12, settings={"fused_loss": True}),
+    Case(REAL, rows=1, length=32),
+    Case(REAL, rows=2, length=64),
+    Case(REAL, rows=4, length=32, lora={"num_layers": 4}),
+    Case(REAL, rows=1, length=192),
+    Case(REAL, rows=1, length=64, lora={"rank": 64}),
+    Case(REAL, rows=1, length=64, lora={"target_modules": ["q_proj", "v_proj"]}),
+    Case(REAL, rows=1, length=128, settings={"supervised": 0.3}),
+    Case(REAL, rows=1, length=32, settings={"grad_accum_steps": 2}),
+    Case(REAL, rows=1, length=96, settings={"grad_checkpoint": True}),
+    Case(REAL, rows=2, length=96, settings={"fused_loss": True}),
+    Case(REAL, rows=2, length=32, settings={"mode": "head"}),
+)
+
+
+def planner_grid(small: bool = True, base: BaseModel | None = None) -> pd.DataFrame:
+    """Plan and measure a grid of configurations.
+
+    Args:
+        small: a few toys only; else more of them, and SmolLM2.
+        base: SmolLM2 in float32, if it is loaded already. It comes back without an adapter.
+
+    Returns:
+        One row a configuration: configuration, planned_mb, measured_mb, error (of the measured).
+    """
+    base = base if small or base is not None else load_model(REAL, dtype=mx.float32)
+    rows = []
+    for case in SMALL if small else SMALL + LARGE:
+        subject = base if case.model == REAL else toy_subject(case.model)
+        planned = planned_for(case, subject).peak_bytes
+        measured = measure_peak(case, subject)
+        rows.append((str(case), planned / MEGA, measured / MEGA, planned / measured - 1))
+        del subject
+    return pd.DataFrame(rows, columns=["configuration", "planned_mb", "measured_mb", "error"])
+
+
+def toy_subject(name: str) -> BaseModel:
+    """A toy with random weights, by its name in SHAPES or FOREIGN."""
+    if name in SHAPES:
+        return toy_base(**SHAPES[name])
+    library = importlib.import_module(f"mlx_lm.models.{name}")
+    settings = {**TOY_CONFIG, **SHAPES["toy"], "model_type": name}
+    settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
+    model = library.Model(library.ModelArgs.from_dict(settings))
+    return dataclasses.replace(toy_base(), model=model, config=model.args)
+
+
+def planned_for(case: Case, base: BaseModel) -> MemoryPlan:
+    """The plan of a configuration; it sees the dimensions only."""
+    return plan_memory(
+        base.config,
+        lora=LoRAConfig(**case.lora),
+        micro_batch_size=case.rows,
+        length=case.length,
+        machine=MACHINE,
+        **case.settings,
+    )
+
+
+def measure_peak(case: Case, base: BaseModel) -> int:
+    """Largest number of bytes in arrays over two updates, without what others hold."""
+    with _prepared(case, base):
+        accumulated = case.settings.get("grad_accum_steps", 1)
+        config = TrainConfig(steps=STEPS, micro_batch_size=case.rows, grad_accum_steps=accumulated)
+        data = Dataset("random", _examples(case, base, STEPS * accumulated * case.rows), [])
+        gc.collect()
+        mx.clear_cache()
+        own = sum(array.nbytes for _, array in tree_flatten(base.model.parameters()))
+        others = mx.get_active_memory() - own
+        loss = fused_loss if case.settings.get("fused_loss") else None
+        *_, last = Trainer(base, data, config, loss_fn=loss)
+        return last.peak_bytes - others
+
+
+def _examples(case: Case, base: BaseModel, count: int) -> list[Example]:
+    random, length = np.random.default_rng(0), case.length + 1
+    targets = max(1, round(case.length * case.settings.get("supervised", 1.0)))
+    mask = np.arange(length) >= length - targets
+    vocab = base.config.vocab_size
+    return [
+        Example(random.integers(0, vocab, length, dtype=np.int32), mask, f"random row {row}")
+        for row in range(count)
+    ]
+
+
+@contextlib.contextmanager
+def _prepared(case: Case, base: BaseModel) -> Iterator[None]:
+    """The network with what trains in the case, and as it was afterwards."""
+    model, mode = base.model, case.settings.get("mode", "lora")
+    if "bits" in case.settings:  # a toy is used once: it may stay so
+        nn.quantize(model, bits=case.settings["bits"])
+    if "dtype" in case.settings:
+        model.set_dtype(getattr(mx, case.settings["dtype"]))
+    mx.eval(model.parameters())
+    if mode == "lora":
+        add_lora(model, LoRAConfig(**case.lora))
+    elif mode == "full":
+        model.unfreeze()
+    else:
+        model.freeze()
+        model.model.norm.unfreeze()
+        (model.model.embed_tokens if "lm_head" not in model else model.lm_head).unfreeze()
+    if case.settings.get("grad_checkpoint"):
+        for layer in model.layers:
+            layer.__class__ = _Checkpointed
+    try:
+        yield
+    finally:
+        for layer in model.layers:
+            if isinstance(layer, _Checkpointed):
+                layer.__class__ = DecoderLayer
+        remove_lora(model)
+        model.freeze()
+
+
+def fused_loss(model: nn.Module, batch: Batch) -> mx.array:
+    """Cross-entropy with the logits of 128 positions at a time, their gradient made beside them."""
+    inputs, targets, loss_mask = next_token_pairs(batch.tokens, batch.loss_mask)
+    hidden = model.backbone(mx.array(inputs))
+    supervised = np.flatnonzero(loss_mask)
+    targets = mx.array(targets.reshape(-1)[supervised])
+    hidden = model.model.norm(hidden.reshape(-1, hidden.shape[-1])[mx.array(supervised)])
+    weight = model.model.embed_tokens.weight if "lm_head" not in model else model.lm_head.weight
+
+    @mx.custom_function
+    def loss_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
+        losses, slopes = [], []
+        for start in range(0, x.shape[0], CHUNK):
+            part, wanted = x[start : start + CHUNK], targets[start : start + CHUNK]
+            logits = part @ weight.T
+            score = mx.take_along_axis(logits, wanted[:, None], axis=-1)
+            losses.append((mx.logsumexp(logits, axis=-1, keepdims=True) - score).sum())
+            slopes.append(mx.softmax(logits, axis=-1) @ weight - weight[wanted])
+        return sum(losses[1:], losses[0]), mx.concatenate(slopes)
+
+    @loss_and_slope.vjp
+    def backward(_: mx.array, flows: tuple, outputs: tuple) -> mx.array:
+        return flows[0] * outputs[1]
+
+    return loss_and_slope(hidden)[0]
+
+
+class _Checkpointed(DecoderLayer):
+    """Keeps its input only, and is computed again in the backward pass."""
+
+    def __call__(self, x: mx.array, mask: object, cache: object = None) -> mx.array:
+        return nn.utils.checkpoint(self, super().__call__)(x, mask, cache)
