@@ -83,9 +83,9 @@ def test_guard_shows_both_limits_and_the_events_where_they_happened(figures):
 def test_planned_errors_are_counted_from_the_measured_peak(figures):
     table = pd.DataFrame(
         {
-            "group": ["real", "real", "$toy$"],
-            "planned_bytes": np.array([105, 98, 11]) * MB,
-            "measured_bytes": np.array([100, 100, 10]) * MB,
+            "configuration": ["real 1 × 8", "real 2 × 8", "$toy$ 1 × 8"],
+            "planned_mb": [105.0, 98.0, 11.0],
+            "measured_mb": [100.0, 100.0, 10.0],
         }
     )
     memory.draw_planned(table)

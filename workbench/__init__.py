@@ -15,6 +15,7 @@ from workbench.evaluation.scoring import ask_capitals
 from workbench.export.adapters import load_adapter, save_adapter
 from workbench.live.answers import accuracy_table, draw_accuracy
 from workbench.live.chart import TrainingChart
+from workbench.live.panel import LivePanel
 from workbench.live.runs import show_run
 from workbench.models.loading import load_model, load_weights, save_weights
 from workbench.probes.alive import what_is_alive
@@ -23,6 +24,8 @@ from workbench.probes.invariants import check_model
 from workbench.probes.leaks import find_leak
 from workbench.probes.memory import memory_phase, read_memory, release_memory
 from workbench.probes.parameters import changed, fingerprint
+from workbench.probes.planner import plan_memory, suggest_settings
+from workbench.probes.planning.machine import Machine
 from workbench.probes.resuming import check_resume
 from workbench.probes.training import check_training
 from workbench.runs.store import new_run, read_metrics
@@ -31,7 +34,9 @@ from workbench.tuning.lora import LoRAConfig, adapter_disabled, add_lora, remove
 from workbench.tuning.trainer import Trainer
 
 __all__ = [
+    "LivePanel",
     "LoRAConfig",
+    "Machine",
     "MemoryGuard",
     "StepReport",
     "TrainConfig",
@@ -57,6 +62,7 @@ __all__ = [
     "load_weights",
     "memory_phase",
     "new_run",
+    "plan_memory",
     "read_memory",
     "read_metrics",
     "release_memory",
@@ -65,5 +71,6 @@ __all__ = [
     "save_weights",
     "show_run",
     "stream",
+    "suggest_settings",
     "what_is_alive",
 ]

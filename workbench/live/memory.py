@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,7 @@ from workbench.probes.guard import WARNING_SHARE
 from workbench.probes.leaks import LeakReport
 from workbench.probes.memory import PhaseReading
 
-SERIES = (GREEN, RED, VIOLET, ORANGE, BLUE, YELLOW)
+SERIES = (GREEN, RED, VIOLET, ORANGE, BLUE, YELLOW, INK)
 MEGA, GIGA = 1e6, 1e9
 BANDS = (0.05, 0.15)  # of the measured peak
 
@@ -180,26 +181,31 @@ def draw_guard(process_bytes: Sequence[int], limit_bytes: int, events: Mapping[i
     axes = figure.subplots()
     held = np.asarray(process_bytes) / GIGA
     axes.plot(np.arange(1, len(held) + 1), held, "o-", color=RED, linewidth=2.2, markersize=4)
-    for share, text in ((1.0, "stop: checkpoint, then end"), (WARNING_SHARE, "tight: warn, empty")):
+    for share, text in (
+        (1.0, "stop, with a\ncheckpoint"),
+        (WARNING_SHARE, "tight: warn,\nrelease"),
+    ):
         axes.axhline(share * limit_bytes / GIGA, color=INK, linestyle="--", linewidth=1.4)
-        label(axes, 1, share * limit_bytes / GIGA, f"{text}\n", color=INK, va="center")
+        place = {"transform": axes.get_yaxis_transform(), "va": "center", "color": INK}
+        label(axes, 1.01, share * limit_bytes / GIGA, text, **place)
     for step, text in events.items():
-        _mark(axes, step, held[step - 1], text)
+        _mark(axes, step, held[step - 1], text, at_end=step > 0.8 * len(held))
     top, bottom = 1.12 * limit_bytes / GIGA, min(held.min(), 0.75 * limit_bytes / GIGA) * 0.9
     axes.set_ylim(bottom, top)
     axes.margins(x=0.03)
     name_axes(axes, "step (updates)", "the process holds (GB)")
     _finish(axes)
     headline(figure, "; ".join(events.values()) or f"{len(held)} steps below the limits")
-    figure.subplots_adjust(left=0.065, right=0.99, top=0.89, bottom=0.13)
+    figure.subplots_adjust(left=0.065, right=0.89, top=0.89, bottom=0.13)
     return png(figure)
 
 
-def _mark(axes: Axes, step: int, height: float, text: str) -> None:
+def _mark(axes: Axes, step: int, height: float, text: str, at_end: bool) -> None:
     """A ring around a point, and what happened there below it."""
     axes.plot(step, height, "o", color=ORANGE, markersize=11, markerfacecolor="none")
     arrow = {"arrowstyle": "-", "color": ORANGE}
-    style = {"textcoords": "offset points", "ha": "center", "color": ORANGE, "parse_math": False}
+    style = {"textcoords": "offset points", "color": ORANGE, "parse_math": False}
+    style["ha"] = "right" if at_end else "center"
     axes.annotate(text, (step, height), (0, -34), arrowprops=arrow, **style)
 
 
@@ -207,7 +213,8 @@ def draw_planned(table: pd.DataFrame) -> bytes:
     """Planned against measured peaks, as PNG bytes.
 
     Args:
-        table: a row a configuration: group, planned_bytes, measured_bytes.
+        table: a row a configuration: its text, which begins with the model's name, planned_mb and
+            measured_mb.
 
     Raises:
         ConfigError: no configuration.
@@ -215,15 +222,16 @@ def draw_planned(table: pd.DataFrame) -> bytes:
     _require(table, "configuration")
     figure = new_figure(12, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.35])
-    errors = table.planned_bytes / table.measured_bytes - 1
-    span = np.array([table.measured_bytes.min() * 0.8, table.measured_bytes.max() * 1.25]) / MEGA
+    errors = table.planned_mb / table.measured_mb - 1
+    span = np.array([table.measured_mb.min() * 0.8, table.measured_mb.max() * 1.25])
     for band, alpha in zip(BANDS, (0.22, 0.12)):
         left.fill_between(span, span * (1 - band), span * (1 + band), color=INK, alpha=alpha, lw=0)
         right.axhspan(-100 * band, 100 * band, color=INK, alpha=alpha, lw=0)
     order = pd.Series(np.arange(1, len(table) + 1), index=table.index)
-    for (name, rows), color in zip(table.groupby("group", sort=False), SERIES):
+    models = table.configuration.str.split().str[0]
+    for (name, rows), color in zip(table.groupby(models, sort=False), cycle(SERIES)):
         style = {"linestyle": "none", "marker": "o", "color": color, "alpha": 0.85, "label": name}
-        left.plot(rows.measured_bytes / MEGA, rows.planned_bytes / MEGA, **style)
+        left.plot(rows.measured_mb, rows.planned_mb, **style)
         right.plot(order[rows.index], 100 * errors[rows.index], **style)
     left.set_xscale("log")
     left.set_yscale("log")
@@ -241,7 +249,7 @@ def draw_planned(table: pd.DataFrame) -> bytes:
 
 def planned_error(table: pd.DataFrame) -> str:
     """How far the planned peaks are from the measured ones, in words."""
-    off = (table.planned_bytes / table.measured_bytes - 1).abs()
+    off = (table.planned_mb / table.measured_mb - 1).abs()
     return (
         f"{len(table)} configurations: planned {off.median():.1%} off in the median, "
         f"{off.max():.1%} at worst"

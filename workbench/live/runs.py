@@ -2,22 +2,67 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import time
 from dataclasses import MISSING, fields
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from workbench.errors import RunError
-from workbench.live.chart import draw
-from workbench.runs.store import METRICS_NAME, read_metrics
+from workbench.errors import ConfigError, RunError
+from workbench.live.history import History
+from workbench.live.outputs import HTML, TEXT, Slot, visible
+from workbench.live.run_chart import RunChart
+from workbench.live.samples import Sample, read_samples, samples_html
+from workbench.live.tiles import Status, heading_html
+from workbench.probes.guard import MemoryGuard
+from workbench.runs.store import CONFIG_NAME, METRICS_NAME, read_rows
 from workbench.tuning.config import StepReport
 
-if TYPE_CHECKING:
-    from IPython.display import Image
+NUMBERS = ("int", "float")  # annotations of fields that must hold a number
 
 
-def show_run(folder: str | os.PathLike) -> Image:
-    """Draw a run's loss and memory from its folder.
+class ShownRun:
+    """A run as its folder tells it; as a cell's last value it shows what the live panel showed."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.reports: list[StepReport] = read_reports(folder)
+        self.samples: list[Sample] = read_samples(folder)
+        written = (self.folder / METRICS_NAME).stat().st_mtime
+        self._history = History(self.reports, _guard(self.folder).limit)
+        last = self.reports[-1]
+        seconds = sum(report.step_seconds for report in self.reports)
+        day = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written))
+        state = "Finished" if last.step >= last.total_steps else "Not finished"
+        note = f"last step written {day}"
+        self.status = Status(state, last.step, last.total_steps, seconds, note=note)
+
+    @cached_property
+    def data(self) -> bytes:
+        """The chart as PNG bytes with a transparent ground."""
+        return self._picture[0]
+
+    @cached_property
+    def _picture(self) -> tuple[bytes, tuple[int, int]]:
+        chart = RunChart()
+        chart.update(self._history)
+        return chart.png(), chart.size
+
+    def __repr__(self) -> str:
+        return f"{self.status} · {self.reports[-1]}"
+
+    def _ipython_display_(self) -> None:
+        text = visible(repr(self))
+        Slot().show({HTML: heading_html(self.status, self._history), TEXT: text})
+        Slot().show_picture(*self._picture, text)
+        if self.samples:
+            Slot().show({HTML: samples_html(self.samples), TEXT: "samples"})
+
+
+def show_run(folder: str | os.PathLike) -> ShownRun:
+    """Draw a run from its folder: its numbers, its chart, and its samples if it has any.
 
     The run may have finished, been killed, or be going on in another process: what its metrics
     hold so far is drawn.
@@ -25,9 +70,7 @@ def show_run(folder: str | os.PathLike) -> Image:
     Raises:
         RunError: the folder holds no metrics yet, or they are damaged or of another kind.
     """
-    from IPython.display import Image
-
-    return Image(draw(read_reports(folder)), format="png", width=960)
+    return ShownRun(folder)
 
 
 def read_reports(folder: str | os.PathLike) -> list[StepReport]:
@@ -36,15 +79,32 @@ def read_reports(folder: str | os.PathLike) -> list[StepReport]:
     Raises:
         RunError: there are none yet, or they are damaged or of another kind.
     """
-    table = read_metrics(folder)
-    if table.empty:
+    rows = read_rows(folder, METRICS_NAME)
+    if not rows:
         raise RunError("has not finished a step yet", where=folder)
-    known = {field.name: field for field in fields(StepReport)}
-    needed = {name for name, field in known.items() if field.default is MISSING}
-    missing = sorted(needed - set(table))
+    where = Path(folder) / METRICS_NAME
+    return [_report(row, f"{where}:{number}") for number, row in enumerate(rows, 1)]
+
+
+def _report(row: dict[str, object], where: str) -> StepReport:
+    missing = [f.name for f in fields(StepReport) if f.default is MISSING and f.name not in row]
     if missing:
-        where = Path(folder) / METRICS_NAME
-        raise RunError(f"lacks {', '.join(missing)}: these are other metrics", where=where)
-    table = table[[name for name in known if name in table]]
-    present = table.astype(object).where(table.notna(), None)
-    return [StepReport(**row) for row in present.to_dict("records")]
+        names = ", ".join(sorted(missing))
+        raise RunError(f"lacks {names}: these are other metrics", where=where)
+    known = {field.name: row[field.name] for field in fields(StepReport) if field.name in row}
+    for field in fields(StepReport):
+        value = known.get(field.name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        needed = field.type in NUMBERS
+        if (needed and not (is_number and math.isfinite(value))) or not (is_number or not value):
+            raise RunError(f"{field.name} is {value!r}, which is no number", where=where)
+    return StepReport(**known)
+
+
+def _guard(folder: Path) -> MemoryGuard:
+    """The guard that the run's configuration asks for; none if there is no such file."""
+    try:
+        train = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["train"]
+        return MemoryGuard(train["memory_limit_bytes"])
+    except (OSError, ValueError, LookupError, TypeError, ConfigError):
+        return MemoryGuard(0)  # no limit is known, so no line is drawn
