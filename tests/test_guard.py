@@ -6,8 +6,9 @@ import pytest
 from tests.toy_training import toy_trainer, trained
 from workbench.errors import ConfigError, MemoryWarning
 from workbench.probes.guard import FINE, OVER, TIGHT, MemoryGuard
-from workbench.probes.memory import MemoryReading, read_memory
+from workbench.probes.memory import MemoryReading, read_memory, release_memory
 from workbench.runs.commits import verify_folder
+from workbench.tuning import memory_watch
 from workbench.tuning import trainer as trainer_module
 
 HUGE = 10**15
@@ -55,6 +56,7 @@ def test_impossible_limits_are_refused(limit):
 
 
 def test_tight_memory_empties_the_cache_warns_once_and_goes_on():
+    release_memory()
     trainer = toy_trainer(epochs=2, memory_limit_bytes=int(read_memory().process_bytes / 0.9))
     with pytest.warns(MemoryWarning, match=r"9\d% of the limit.*cache is emptied") as caught:
         cached = [mx.get_cache_memory() for _ in trainer]
@@ -85,11 +87,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped():
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
+def with_readings(monkeypatch, after_steps, after_release):
+    """Have the trainer read given figures: after its steps, and after releasing memory."""
+    steps = iter(after_steps)
+    monkeypatch.setattr(trainer_module, "read_memory", lambda: next(steps))
+    monkeypatch.setattr(memory_watch, "read_memory", lambda: after_release)
+
+
 def test_emptying_the_cache_may_be_enough(monkeypatch):
     trainer = toy_trainer(epochs=1, memory_limit_bytes=10 * read_memory().process_bytes)
-    high = MemoryReading(0, 0, 0, HUGE, 0)
-    readings = iter([high, read_memory(), *[read_memory()] * 10])  # over, then fine once emptied
-    monkeypatch.setattr(trainer_module, "read_memory", lambda: next(readings))
+    high, low = MemoryReading(0, 0, 0, HUGE, 0), read_memory()
+    with_readings(monkeypatch, [high, *[low] * 10], low)
     with pytest.warns(MemoryWarning, match="cache is emptied"):
         list(trainer)
     assert trainer.finished
@@ -98,8 +106,7 @@ def test_emptying_the_cache_may_be_enough(monkeypatch):
 def test_a_step_that_needs_too_much_by_itself_stops_the_run(monkeypatch):
     trainer = toy_trainer(epochs=4, memory_limit_bytes=10 * read_memory().process_bytes)
     high, low = MemoryReading(0, 0, 0, HUGE, 0), read_memory()
-    readings = iter([high, low, high, low, high])  # each step is over, each release helps
-    monkeypatch.setattr(trainer_module, "read_memory", lambda: next(readings))
+    with_readings(monkeypatch, [high] * 10, low)  # each step is over, each release helps
     with pytest.warns(MemoryWarning, match="stopped"):
         list(trainer)
     assert trainer.steps_done == 2

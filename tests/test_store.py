@@ -67,9 +67,15 @@ def test_a_new_run_takes_the_configuration_and_then_is_used(tmp_path):
     assert on_disk["model"] == "toy"
     assert on_disk["train"] == json.loads(json.dumps(dataclasses.asdict(TrainConfig(steps=3))))
     before = (folder / "config.json").read_bytes()
-    with pytest.raises(RunError, match=r"already holds files of a run.*wb\.new_run"):
-        RunFolder(folder, {})
+    assert RunFolder(folder, {}).goes_on
     assert (folder / "config.json").read_bytes() == before
+
+
+def test_other_files_are_no_run(tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"holds files, but no run.*wb\.new_run"):
+        RunFolder(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
 def test_lines_come_back_as_they_were_written(tmp_path):

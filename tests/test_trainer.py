@@ -15,6 +15,7 @@ from workbench.errors import TrainingError
 from workbench.runs.store import read_metrics
 from workbench.tuning.losses import mean_loss, plain_loss, supervised_loss
 from workbench.tuning.trainer import Trainer
+from workbench.tuning.update import accumulate
 
 
 def test_one_batch_is_learnt_by_heart():
@@ -89,7 +90,7 @@ def test_accumulated_micro_batches_equal_one_large_batch():
     sums = []
     for trainer in (many, one):
         batches = [collate(trainer.data.train, rows) for rows in trainer.plan.micro_batches(0)]
-        sums.append(trainer._accumulate(batches, 0))
+        sums.append(accumulate(trainer.model, trainer.loss_fn, batches, seed=0))
     assert len(many.plan.micro_batches(0)) == 8
     assert sums[0][0].item() == pytest.approx(sums[1][0].item(), rel=1e-5)
     gradients = [dict(tree_flatten(tree)) for _, tree in sums]

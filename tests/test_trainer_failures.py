@@ -8,7 +8,7 @@ import pytest
 from tests.toy import toy_dataset
 from tests.toy_training import FailAt, computed, fail, interrupt, state_of, toy_trainer
 from workbench.data.datasets import Dataset
-from workbench.errors import DataError, RunError, TrainingError
+from workbench.errors import DataError, TrainingError
 from workbench.runs.store import read_metrics
 from workbench.tuning.trainer import Trainer
 
@@ -157,9 +157,3 @@ def test_rows_longer_than_the_models_positions_raise():
 def test_no_rows_raise():
     with pytest.raises(DataError, match="no training rows"):
         toy_trainer(data=Dataset("nothing", []))
-
-
-def test_a_used_run_folder_raises(tmp_path):
-    toy_trainer(run_dir=tmp_path / "run")
-    with pytest.raises(RunError, match="already holds files of a run"):
-        toy_trainer(run_dir=tmp_path / "run")

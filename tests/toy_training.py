@@ -24,7 +24,10 @@ def toy_trainer(
     lengths=RAGGED, *, valid=(), dropout=0.0, full=False, data=None, **settings
 ) -> Trainer:
     """A trainer on a fresh toy model; its adapter's or, with `full`, all parameters train."""
-    base, kept = toy_base(), {k: settings.pop(k) for k in ("run_dir", "loss_fn") if k in settings}
+    base, kept = (
+        toy_base(),
+        {k: settings.pop(k) for k in ("run_dir", "loss_fn", "allow_changes") if k in settings},
+    )
     if not full:
         add_lora(base.model, LoRAConfig(rank=4, dropout=dropout))
     data = data or toy_dataset(lengths, valid)

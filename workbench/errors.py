@@ -56,6 +56,10 @@ class TrainingError(WorkbenchError):
     """A training step went wrong; the weights are those before the step."""
 
 
+class NotFiniteError(TrainingError):
+    """Loss or gradients of a step are NaN or infinite; the step was not made."""
+
+
 class RunError(WorkbenchError):
     """A run folder cannot be used."""
 
@@ -66,6 +70,10 @@ class BackendWarning(UserWarning):
 
 class MemoryWarning(UserWarning):
     """The process comes near to what the machine can give, or has been stopped there."""
+
+
+class ResumeWarning(UserWarning):
+    """A run goes on, but not from its newest checkpoint, or not bit for bit."""
 
 
 def check_whole(name: str, value: object, smallest: int) -> None:

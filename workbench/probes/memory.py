@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from workbench.backend import default_cache_limit
 from workbench.machine import machine_memory, process_memory, return_freed_memory
 
 MEGA = 1e6
@@ -61,6 +62,20 @@ def release_memory() -> None:
     """
     mx.clear_cache()
     return_freed_memory()
+
+
+@contextlib.contextmanager
+def cache_limit(limit: int | None) -> Iterator[None]:
+    """Bound what MLX's allocator keeps for reuse; the old bound comes back afterwards.
+
+    Args:
+        limit: bytes; None for `default_cache_limit()`.
+    """
+    previous = mx.set_cache_limit(default_cache_limit() if limit is None else limit)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(previous)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -79,6 +80,30 @@ def verify_folder(folder: str | os.PathLike) -> None:
         path = folder / name
         if path.is_symlink() or not path.is_file() or _describe(path) != entry:
             raise FileFormatError("was changed after it was written", where=path)
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a committed folder in one stroke: whole, or gone."""
+    doomed = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder.parent))
+    os.rename(folder, doomed)  # onto an empty folder: replaces it
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def recover_folders(root: str | os.PathLike) -> None:
+    """Clear away what a killed process left: unfinished folders go, one moved aside comes back.
+
+    Only for the sole writer of `root`.
+    """
+    for staging in Path(root).glob(f"{STAGING}*"):
+        if staging.is_symlink() or not staging.is_dir():
+            continue
+        for aside in staging.iterdir():
+            target = Path(root) / aside.name
+            if (aside / MANIFEST_NAME).is_file() and not target.exists():
+                with contextlib.suppress(FileFormatError, OSError):
+                    verify_folder(aside)
+                    os.rename(aside, target)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _describe(path: Path) -> dict[str, object]:

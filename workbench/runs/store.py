@@ -13,6 +13,8 @@ import pandas as pd
 
 from workbench.errors import FileFormatError, RunError
 from workbench.models.files import write_json
+from workbench.runs import lock
+from workbench.runs.commits import STAGING
 
 CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
 
@@ -40,42 +42,83 @@ def new_run(root: str | os.PathLike, name: str) -> Path:
 
 
 class RunFolder:
-    """A run's place on disk.
+    """A run's place on disk; this object is its only writer.
 
     Args:
-        folder: empty, or not there yet.
-        config: what the run was started with; written as JSON.
+        folder: empty or not there yet; or a run's, which then goes on.
+        config: what the run is started with; written as JSON when it is new.
 
     Raises:
-        RunError: the folder holds another run's files, or cannot be written.
+        RunError: the folder holds other files, is being written by another process, or cannot be
+            written.
     """
 
     def __init__(self, folder: str | os.PathLike, config: Mapping[str, object]):
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            used = any(self.folder.iterdir())
+            names = {path.name for path in self.folder.iterdir()} - {lock.LOCK_NAME}
+            unfinished = {name for name in names if name.startswith(STAGING)}
         except OSError as error:
             raise RunError(
                 f"cannot be used as a run folder ({error.strerror})", where=folder
             ) from None
-        if used:
+        self.goes_on = CONFIG_NAME in names  # whether it holds a run already
+        if names - unfinished and not self.goes_on:
             raise RunError(
-                "already holds files of a run",
+                "holds files, but no run",
                 where=folder,
                 cure="Give each run its own folder: wb.new_run('runs', 'name') makes one.",
             )
+        lock.take(self.folder, self)
+        for name in unfinished:  # files that a killed process left
+            with contextlib.suppress(OSError):
+                (self.folder / name).unlink()
+        if self.goes_on:
+            return
         try:
             write_json(self.folder / CONFIG_NAME, config)
         except FileFormatError as error:
             raise RunError(f"cannot be written ({error.what})", where=folder) from error
 
+    def cut(self, step: int, name: str = METRICS_NAME) -> None:
+        """Drop the rows after a step, and a last line that is only half written.
+
+        Raises:
+            RunError: a row is damaged, or the file cannot be written.
+        """
+        path = self.folder / name
+        if not path.exists():
+            return
+        kept = [row for row in read_rows(self.folder, name) if row.get("step", 0) <= step]
+        end = sum(len(line) for line in path.read_bytes().splitlines(True)[: len(kept)])
+        try:
+            os.truncate(path, end)
+        except OSError as error:
+            raise RunError(f"cannot be written ({error.strerror})", where=path) from None
+
+    def sync(self) -> None:
+        """Force the metrics to the disk.
+
+        Raises:
+            RunError: the disk refuses.
+        """
+        path = self.folder / METRICS_NAME
+        if not path.exists():
+            return
+        try:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(f"cannot be written ({error.strerror})", where=path) from None
+
     def append(self, row: Mapping[str, object], name: str = METRICS_NAME) -> None:
         """Add a row, such as a step's metrics, as a line; it is on its way to the disk then.
 
         Raises:
-            RunError: the line cannot be written.
+            RunError: the line cannot be written, or a later trainer has taken the folder.
         """
+        lock.require_owner(self.folder, self)
         line = json.dumps(row) + "\n"  # NaN, of a validation, stays NaN
         path = self.folder / name
         written = path.stat().st_size if path.exists() else 0

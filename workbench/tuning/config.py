@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from workbench.errors import ConfigError, check_number, check_whole
+from workbench.errors import ConfigError, RunError, check_number, check_whole
 from workbench.tuning.schedules import SCHEDULES
 
 WHOLE_NUMBERS = {  # field: smallest value
@@ -16,6 +18,12 @@ WHOLE_NUMBERS = {  # field: smallest value
     "valid_every": 0,
     "cache_limit_bytes": 0,
     "memory_limit_bytes": 0,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 1,
+    "max_bad_steps": 0,
+    "patience": 0,
+    "reload_every": 0,
+    "reload_above_bytes": 0,
     "seed": 0,
 }
 MAY_BE_NONE = ("steps", "cache_limit_bytes", "memory_limit_bytes")
@@ -47,6 +55,13 @@ class TrainConfig:
     valid_every: int = 0  # steps between validations; 0: after the last step only
     cache_limit_bytes: int | None = None  # kept by MLX for reuse; None: default_cache_limit()
     memory_limit_bytes: int | None = None  # of the process; None: 95 % of what it can have; 0: none
+    checkpoint_every: int = 50  # steps, if there is a run folder; 0: at start, stop and end only
+    keep_checkpoints: int = 2  # newest ones; the best of the validations stays as well
+    on_bad_step: str = "raise"  # or "skip": loss or gradients that are not finite
+    max_bad_steps: int = 10  # that are skipped in all; the next one raises
+    patience: int = 0  # validations without improvement before the run stops; 0: never
+    reload_every: int = 0  # steps between two reloads of model and optimizer; 0: never
+    reload_above_bytes: int = 0  # process memory that brings a reload about; 0: none does
     seed: int = 0  # of the order and of dropout
 
     def __post_init__(self):
@@ -60,6 +75,8 @@ class TrainConfig:
             raise ConfigError(
                 f"unknown schedule {self.schedule!r}", cure=f"Use one of {SCHEDULES}."
             )
+        if self.on_bad_step not in ("raise", "skip"):
+            raise ConfigError(f"on_bad_step must be 'raise' or 'skip', got {self.on_bad_step!r}")
         if not _are_betas(self.adam_betas):
             raise ConfigError(f"adam_betas must be two numbers in [0, 1), got {self.adam_betas!r}")
 
@@ -93,10 +110,29 @@ class StepReport:
     process_bytes: int | None  # None: not known
     available_bytes: int | None = None  # what the machine could still give without swapping
     valid_loss: float | None = None  # mean cross-entropy, where this step validated
+    skipped: bool = False  # loss or gradients were not finite: no update was made
+    spike: bool = False  # a loss far above those of the steps before
+    released_bytes: int | None = None  # process memory that a reload before this step gave back
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, object]) -> StepReport:
+        """A report from a row of a run's metrics; names that it does not know are left out.
+
+        Raises:
+            RunError: the row lacks what a report needs.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        needed = {n for n, field in known.items() if field.default is dataclasses.MISSING}
+        missing = sorted(needed - set(row))
+        if missing:
+            raise RunError(f"these metrics lack {', '.join(missing)}")
+        return cls(**{name: value for name, value in row.items() if name in known})
 
     def __str__(self) -> str:
         valid = "" if self.valid_loss is None else f"  valid {self.valid_loss:.4f}"
         held = "" if self.process_bytes is None else f"  {self.process_bytes / 1e9:.2f} GB"
+        if self.skipped:
+            return f"step {self.step}/{self.total_steps}  skipped: loss {self.loss}"
         return (
             f"step {self.step}/{self.total_steps}  loss {self.loss:.4f}{valid}  "
             f"lr {self.learning_rate:.2e}  grad {self.grad_norm:.2f}  "

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import signal
 import threading
+from types import FrameType
+
+WAITING = (signal.SIGINT, signal.SIGTERM)
 
 
 class DeferredInterrupt:
-    """Hold back Ctrl-C (SIGINT) inside a `with` block; it is raised when the block is done.
+    """Hold back Ctrl-C (SIGINT) and SIGTERM inside a `with` block.
 
-    Python handles signals on the main thread only; elsewhere the block runs unprotected.
+    The first is raised when the block is done: KeyboardInterrupt, or for SIGTERM what the process
+    did with it before. A second one takes effect at once. Python handles signals on the main
+    thread only; elsewhere the block runs unprotected.
     """
 
     def __init__(self):
-        self.requested = False
-        self._previous = None
+        self._waiting: int | None = None  # the signal
+        self._previous: dict[int, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal waits for the end of the block."""
+        return self._waiting is not None
 
     def __enter__(self) -> DeferredInterrupt:
-        self.requested = False
+        self._waiting = None
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._note)
+            self._previous = {number: signal.signal(number, self._note) for number in WAITING}
         return self
 
-    def _note(self, number, frame) -> None:
-        self.requested = True
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            self._restore()
+            signal.raise_signal(number)
+        self._waiting = number
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     def __exit__(self, kind, error, traceback) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        self._restore()
         if self.requested and kind is None:
-            raise KeyboardInterrupt
+            signal.raise_signal(self._waiting)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from workbench.data.datasets import Dataset
-from workbench.errors import DataError, TrainingError
+from workbench.errors import DataError, NotFiniteError
 from workbench.models.loading import BaseModel, embedding_rows
 from workbench.probes.numerics import not_finite
 
@@ -38,13 +38,13 @@ def check_rows(data: Dataset, base: BaseModel) -> None:
 def require_finite(
     loss: mx.array, norm: mx.array, gradients: dict, step: int, places: Sequence[str]
 ) -> None:
-    """Raise TrainingError, naming rows and parameters, if loss or gradient norm is not finite."""
+    """Raise NotFiniteError, naming rows and parameters, if loss or gradient norm is not finite."""
     mx.eval(loss, norm)
     if math.isfinite(loss.item()) and math.isfinite(norm.item()):
         return
     bad = not_finite(gradients)
     named = ", ".join(bad[:NAMED_IN_ERROR]) + (", …" if len(bad) > NAMED_IN_ERROR else "")
-    raise TrainingError(
+    raise NotFiniteError(
         f"step {step} gave loss {loss.item()} and gradient norm {norm.item()} "
         f"({', '.join(places)}; gradients that are not finite: {named or 'none'})",
         cure="The step was not made. Lower the learning rate, or look at these rows.",

@@ -1,0 +1,332 @@
+"""A run that was stopped goes on as if it had not been, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import warnings
+
+import mlx.core as mx
+import pytest
+
+from tests.process import finish, start
+from tests.toy import toy_dataset, toy_model
+from tests.toy_training import RAGGED, FailAt, computed, state_of, toy_trainer
+from workbench.errors import FileFormatError, ResumeWarning, RunError, WeightsError
+from workbench.models.files import read_json, write_json
+from workbench.runs.commits import MANIFEST_NAME
+from workbench.tuning import identity
+from workbench.tuning.checkpoints import list_checkpoints, read_checkpoint
+
+SETTINGS = {
+    "cosine": {},
+    "linear, warm-up": {"schedule": "linear", "warmup_steps": 3},
+    "constant": {"schedule": "constant", "weight_decay": 0.0},
+    "floor": {"min_learning_rate": 1e-3},
+    "dropout": {"dropout": 0.3},
+    "accumulation": {"micro_batch_size": 1, "grad_accum_steps": 3},
+    "accumulation, dropout": {"micro_batch_size": 2, "grad_accum_steps": 2, "dropout": 0.5},
+    "no clipping": {"max_grad_norm": 0},
+    "tight clipping": {"max_grad_norm": 0.01},
+    "full": {"full": True},
+    "full, accumulation": {"full": True, "micro_batch_size": 1, "grad_accum_steps": 2},
+    "validation": {"valid": [9, 14], "valid_every": 1},
+    "another seed": {"seed": 7},
+    "other betas": {"adam_betas": (0.5, 0.9), "adam_epsilon": 1e-4},
+    "one row a step": {"micro_batch_size": 1},
+    "checkpoint every step": {"checkpoint_every": 1},
+}
+
+
+def assert_same_run(ours, theirs):
+    assert list(map(computed, ours.reports)) == list(map(computed, theirs.reports))
+    assert state_of(ours) == state_of(theirs)
+
+
+def stopped_after(steps, folder, **settings):
+    """A run that was stopped after some steps; nothing of it is left but its folder."""
+    trainer = toy_trainer(run_dir=folder, **settings)
+    for report in trainer:
+        if report.step == steps:
+            trainer.stop()
+    return trainer
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_resumed_run_equals_the_uninterrupted_one(name, steps, tmp_path):
+    settings = {"epochs": 3, **SETTINGS[name]}
+    whole = toy_trainer(**settings)
+    list(whole)
+    stopped_after(steps, tmp_path, **settings)
+    resumed = toy_trainer(run_dir=tmp_path, **settings)
+    assert resumed.steps_done == steps
+    list(resumed)
+    assert_same_run(resumed, whole)
+
+
+def test_metrics_hold_every_step_once(tmp_path):
+    stopped_after(2, tmp_path, epochs=3)
+    resumed = toy_trainer(run_dir=tmp_path, epochs=3)
+    list(resumed)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == list(range(1, resumed.total_steps + 1))
+
+
+def test_steps_after_the_newest_checkpoint_are_made_again(tmp_path):
+    whole = toy_trainer(epochs=3)
+    list(whole)
+    left = toy_trainer(run_dir=tmp_path, epochs=3, checkpoint_every=2)
+    for _ in range(3):
+        left.step()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # and killed there
+    resumed = toy_trainer(run_dir=tmp_path, epochs=3, checkpoint_every=2)
+    assert resumed.steps_done == 2
+    list(resumed)
+    assert_same_run(resumed, whole)
+
+
+def test_a_changed_learning_rate_comes_back(tmp_path):
+    whole = toy_trainer(epochs=3)
+    first = toy_trainer(run_dir=tmp_path, epochs=3)
+    for trainer in (whole, first):
+        trainer.step()
+        trainer.peak_learning_rate = 3e-3
+    first.save_checkpoint()
+    resumed = toy_trainer(run_dir=tmp_path, epochs=3)
+    list(whole)
+    list(resumed)
+    assert_same_run(resumed, whole)
+
+
+def test_a_finished_run_is_finished(tmp_path):
+    whole = toy_trainer(run_dir=tmp_path, epochs=2)
+    list(whole)
+    again = toy_trainer(run_dir=tmp_path, epochs=2)
+    assert again.finished
+    assert list(again) == []
+    assert_same_run(again, whole)
+
+
+def test_a_cell_that_runs_twice_goes_on_and_the_earlier_trainer_writes_no_more(tmp_path):
+    first = toy_trainer(run_dir=tmp_path, epochs=2)
+    first.step()
+    first.save_checkpoint()
+    second = toy_trainer(run_dir=tmp_path, epochs=2)
+    assert second.step().step == 2
+    with pytest.raises(RunError, match="taken over by a later trainer"):
+        first.step()
+
+
+def damage_weights(folder):
+    path = folder / "trainable.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def truncate_optimizer(folder):
+    path = folder / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def remove_manifest(folder):
+    (folder / MANIFEST_NAME).unlink()
+
+
+def empty_state(folder):
+    (folder / "state.json").write_text("")
+
+
+def remove_weights(folder):
+    (folder / "trainable.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_weights, truncate_optimizer, remove_manifest, empty_state, remove_weights],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_path):
+    whole = toy_trainer(epochs=3)
+    list(whole)
+    stopped_after(3, tmp_path, epochs=3, checkpoint_every=1)
+    damage(list_checkpoints(tmp_path)[0])
+    with pytest.warns(ResumeWarning, match="step-000003"):
+        resumed = toy_trainer(run_dir=tmp_path, epochs=3, checkpoint_every=1)
+    assert resumed.steps_done == 2
+    list(resumed)
+    assert_same_run(resumed, whole)
+
+
+def test_without_any_whole_checkpoint_nothing_is_overwritten(tmp_path):
+    stopped_after(3, tmp_path, epochs=3)
+    for folder in list_checkpoints(tmp_path):
+        damage_weights(folder)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.warns(ResumeWarning), pytest.raises(RunError, match="3 steps of a run, but no"):
+        toy_trainer(run_dir=tmp_path, epochs=3)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_unknown_version_is_refused(tmp_path):
+    stopped_after(2, tmp_path, epochs=3)
+    path = list_checkpoints(tmp_path)[0] / "state.json"
+    write_json(path, {**read_json(path), "version": 99})
+    with pytest.raises(RunError, match="version 99, this workbench reads 1"):
+        toy_trainer(run_dir=tmp_path, epochs=3)
+
+
+CHANGES = {
+    "learning_rate is 0.02, was 0.01": {"learning_rate": 0.02},
+    "epochs is 4, was 3": {"epochs": 4},
+    "seed is 1, was 0": {"seed": 1},
+    "training data is another": {"data": toy_dataset([*RAGGED[:-1], 19])},
+    "validation data is another": {"valid": [8]},
+    "what trains is another": {"full": True},
+}
+
+
+@pytest.mark.parametrize("told", CHANGES)
+def test_another_run_is_refused_and_told_apart(told, tmp_path):
+    stopped_after(2, tmp_path, epochs=3)
+    with pytest.raises(RunError, match=f"{told}.*allow_changes"):
+        toy_trainer(run_dir=tmp_path, **{"epochs": 3, **CHANGES[told]})
+    resumed = toy_trainer(run_dir=tmp_path, epochs=3)  # nothing was lost
+    assert resumed.steps_done == 2
+
+
+def test_another_base_model_is_refused(tmp_path, monkeypatch):
+    stopped_after(2, tmp_path, epochs=3)
+    monkeypatch.setattr("tests.toy.toy_model", lambda seed, **_: toy_model(seed + 1))
+    with pytest.raises(RunError, match="the base model is another"):
+        toy_trainer(run_dir=tmp_path, epochs=3)
+
+
+def test_allowed_changes_are_recorded(tmp_path):
+    stopped_after(2, tmp_path, epochs=3)
+    resumed = toy_trainer(run_dir=tmp_path, epochs=3, learning_rate=0.02, allow_changes=True)
+    list(resumed)
+    state = read_checkpoint(list_checkpoints(tmp_path)[0]).state
+    assert state["changes"] == [{"step": 2, "differences": ["learning_rate is 0.02, was 0.01"]}]
+
+
+def test_what_trains_must_fit_even_if_changes_are_allowed(tmp_path):
+    stopped_after(2, tmp_path, epochs=3)
+    with pytest.raises(WeightsError, match="differs from what trains here"):
+        toy_trainer(run_dir=tmp_path, epochs=3, full=True, allow_changes=True)
+
+
+def test_limits_may_change_freely(tmp_path):
+    stopped_after(2, tmp_path, epochs=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        toy_trainer(run_dir=tmp_path, epochs=3, cache_limit_bytes=0, checkpoint_every=7)
+
+
+def test_another_environment_is_said_to_be_not_bit_for_bit(tmp_path, monkeypatch):
+    stopped_after(2, tmp_path, epochs=3)
+    monkeypatch.setattr(identity.mx, "__version__", "9.9")
+    with pytest.warns(ResumeWarning, match=r"not bit for bit: mlx was .*, is 9\.9"):
+        toy_trainer(run_dir=tmp_path, epochs=3)
+
+
+def test_missing_metrics_are_refused(tmp_path):
+    stopped_after(2, tmp_path, epochs=3)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(RunError, match="lacks rows of the 2 steps"):
+        toy_trainer(run_dir=tmp_path, epochs=3)
+
+
+def test_forged_counters_are_refused(tmp_path):
+    trainer = stopped_after(2, tmp_path, epochs=3)
+    trainer.progress.bad_steps = "many"
+    trainer.save_checkpoint()
+    with pytest.raises(FileFormatError, match="counters"):
+        toy_trainer(run_dir=tmp_path, epochs=3)
+
+
+def test_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
+    trainer = toy_trainer(valid=[9], epochs=3, valid_every=1, run_dir=tmp_path, checkpoint_every=1)
+    trainer.validate = lambda interrupt=None: next(losses)
+    list(trainer)
+    steps = [int(folder.name[-6:]) for folder in list_checkpoints(tmp_path)]
+    assert steps == [6, 5, 2]
+    assert (trainer.progress.best_step, trainer.progress.best_loss) == (2, 1.0)
+
+
+TRAIN = """
+    import workbench  # before mlx: it brings a fast BLAS
+    from tests.toy_training import toy_trainer
+    trainer = toy_trainer(run_dir={folder!r}, steps=5000, checkpoint_every=50)
+    print("ready", flush=True)
+    for report in trainer:
+        {inside}
+    print("done", trainer.stop_reason, flush=True)
+"""
+
+
+def start_training(folder, inside="pass"):
+    process = start(TRAIN.format(folder=str(folder), inside=inside))
+    assert process.stdout.readline().strip() == "ready", process.stderr.read()
+    return process
+
+
+def wait_for_steps(folder, steps, process):
+    path = folder / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None, process.stderr.read()
+
+
+def test_a_second_process_is_refused_while_the_first_writes(tmp_path):
+    process = start_training(tmp_path)
+    try:
+        with pytest.raises(RunError, match="being written by another process"):
+            toy_trainer(run_dir=tmp_path, steps=5000)
+    finally:
+        process.kill()
+        finish(process)
+    resumed = toy_trainer(run_dir=tmp_path, steps=5000)  # a crash leaves no lock
+    assert not resumed.finished
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process_with_every_step_in_a_checkpoint(number, tmp_path):
+    process = start_training(tmp_path)
+    wait_for_steps(tmp_path, 20, process)
+    process.send_signal(number)
+    finished = finish(process)
+    assert finished.code != 0
+    assert "done" not in finished.out
+    steps = (tmp_path / "metrics.jsonl").read_bytes().count(b"\n")
+    assert read_checkpoint(list_checkpoints(tmp_path)[0]).step == steps
+    assert toy_trainer(run_dir=tmp_path, steps=5000).steps_done == steps
+
+
+def test_an_interrupted_loss_leaves_no_half_update(tmp_path):
+    def interrupt_twice(loss):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return loss
+
+    trainer = toy_trainer(run_dir=tmp_path, epochs=3)
+    trainer.step()
+    before = state_of(trainer)
+    trainer.loss_fn = FailAt(1, interrupt_twice)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step()
+    assert state_of(trainer) == before
+    assert trainer.steps_done == 1
+    trainer.step()
+
+
+def test_a_folder_that_was_copied_goes_on_by_itself(tmp_path):
+    stopped_after(2, tmp_path / "a", epochs=3)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    ours, theirs = (toy_trainer(run_dir=tmp_path / name, epochs=3) for name in "ab")
+    list(ours)
+    list(theirs)
+    assert_same_run(ours, theirs)
+    assert mx.isfinite(mx.array(ours.reports[-1].loss))
