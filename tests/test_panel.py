@@ -104,12 +104,12 @@ def test_a_learning_rate_that_is_none_is_refused_and_training_goes_on(wrong):
 
 
 def test_checkpoint_now_says_where(tmp_path):
-    trainer = toy_trainer(steps=4, run_dir=tmp_path / "run")
+    trainer = toy_trainer(steps=4, run_dir=tmp_path / "run", keep_checkpoints=9)
     panel = LivePanel(trainer)
     view = watch(panel, {2: panel.checkpoint})
-    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    saved = tmp_path / "run" / "checkpoints" / "step-000002"
     assert str(saved) in view.notes[-1]
-    assert "2" in saved.name
+    assert (saved / "manifest.json").is_file()
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_nothing():

@@ -15,6 +15,7 @@ from tests.toy import toy_dataset, toy_model
 from tests.toy_training import RAGGED, FailAt, computed, state_of, toy_trainer
 from workbench.errors import FileFormatError, ResumeWarning, RunError, WeightsError
 from workbench.models.files import read_json, write_json
+from workbench.runs import lock
 from workbench.runs.commits import MANIFEST_NAME
 from workbench.tuning import identity
 from workbench.tuning.checkpoints import list_checkpoints, read_checkpoint
@@ -298,11 +299,46 @@ def test_a_signal_ends_the_process_with_every_step_in_a_checkpoint(number, tmp_p
     wait_for_steps(tmp_path, 20, process)
     process.send_signal(number)
     finished = finish(process)
-    assert finished.code != 0
+    assert finished.code in (-signal.SIGINT, 128 + signal.SIGTERM), finished
     assert "done" not in finished.out
     steps = (tmp_path / "metrics.jsonl").read_bytes().count(b"\n")
     assert read_checkpoint(list_checkpoints(tmp_path)[0]).step == steps
     assert toy_trainer(run_dir=tmp_path, steps=5000).steps_done == steps
+
+
+def test_a_loop_that_is_left_early_leaves_a_checkpoint(tmp_path):
+    for report in toy_trainer(run_dir=tmp_path, epochs=3):
+        if report.step == 2:
+            break
+    assert read_checkpoint(list_checkpoints(tmp_path)[0]).step == 2
+
+
+def fail_after(steps, trainer):
+    for report in trainer:
+        if report.step == steps:
+            raise RuntimeError("mine")
+
+
+def test_an_error_between_two_steps_leaves_a_checkpoint(tmp_path):
+    with pytest.raises(RuntimeError, match="mine"):
+        fail_after(2, toy_trainer(run_dir=tmp_path, epochs=3))
+    assert read_checkpoint(list_checkpoints(tmp_path)[0]).step == 2
+
+
+def test_a_trainer_that_is_gone_lets_go_of_its_folder(tmp_path):
+    trainer = toy_trainer(run_dir=tmp_path, epochs=3)
+    assert lock.owner_of(tmp_path) is trainer.run
+    del trainer
+    assert lock.owner_of(tmp_path) is None
+
+
+def test_a_folder_that_was_deleted_can_be_used_again(tmp_path):
+    first = toy_trainer(run_dir=tmp_path / "run", epochs=3)
+    first.step()
+    shutil.rmtree(tmp_path / "run")
+    second = toy_trainer(run_dir=tmp_path / "run", epochs=3)
+    assert second.steps_done == 0
+    assert lock.owner_of(tmp_path / "run") is second.run
 
 
 def test_an_interrupted_loss_leaves_no_half_update(tmp_path):

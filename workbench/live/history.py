@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -44,6 +45,7 @@ class History:
         self.first: StepReport | None = None
         self._limit_of, self._count = limit_of, 0
         self._means = dict.fromkeys(SMOOTHED, 0.0)
+        self._seen = dict.fromkeys(SMOOTHED, 0)
         self._rows = np.full((len(COLUMNS), FIRST_ROOM), np.nan)
         self.extend(reports)
 
@@ -67,10 +69,16 @@ class History:
             self.first, self.last = self.first or report, report
 
     def _smooth(self, report: StepReport, name: str) -> float:
-        """Exponential moving average, corrected for its start (Kingma and Ba 2015, section 3)."""
+        """Exponential moving average, corrected for its start (Kingma and Ba 2015, section 3).
+
+        What is not finite, of a step that was skipped, is left out.
+        """
         value = getattr(report, FROM_REPORT[name])
-        self._means[name] = SMOOTHING * self._means[name] + (1 - SMOOTHING) * value
-        return self._means[name] / (1 - SMOOTHING ** (self._count + 1))
+        if math.isfinite(value):
+            self._means[name] = SMOOTHING * self._means[name] + (1 - SMOOTHING) * value
+            self._seen[name] += 1
+        seen = self._seen[name]
+        return self._means[name] / (1 - SMOOTHING**seen) if seen else math.nan
 
     @property
     def best_validation(self) -> tuple[int, float] | None:

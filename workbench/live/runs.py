@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from dataclasses import MISSING, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -19,8 +17,6 @@ from workbench.live.tiles import Status, heading_html
 from workbench.probes.guard import MemoryGuard
 from workbench.runs.store import CONFIG_NAME, METRICS_NAME, read_rows
 from workbench.tuning.config import StepReport
-
-NUMBERS = ("int", "float")  # annotations of fields that must hold a number
 
 
 class ShownRun:
@@ -83,22 +79,7 @@ def read_reports(folder: str | os.PathLike) -> list[StepReport]:
     if not rows:
         raise RunError("has not finished a step yet", where=folder)
     where = Path(folder) / METRICS_NAME
-    return [_report(row, f"{where}:{number}") for number, row in enumerate(rows, 1)]
-
-
-def _report(row: dict[str, object], where: str) -> StepReport:
-    missing = [f.name for f in fields(StepReport) if f.default is MISSING and f.name not in row]
-    if missing:
-        names = ", ".join(sorted(missing))
-        raise RunError(f"lacks {names}: these are other metrics", where=where)
-    known = {field.name: row[field.name] for field in fields(StepReport) if field.name in row}
-    for field in fields(StepReport):
-        value = known.get(field.name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        needed = field.type in NUMBERS
-        if (needed and not (is_number and math.isfinite(value))) or not (is_number or not value):
-            raise RunError(f"{field.name} is {value!r}, which is no number", where=where)
-    return StepReport(**known)
+    return [StepReport.from_row(row, f"{where}:{number}") for number, row in enumerate(rows, 1)]
 
 
 def _guard(folder: Path) -> MemoryGuard:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import weakref
 from pathlib import Path
 
 from workbench.errors import RunError
 
 LOCK_NAME = ".lock"
 
-_held: dict[Path, tuple[int, object]] = {}  # folder → its open file, and who may write
+_held: dict[Path, tuple[int, weakref.ref]] = {}  # folder → its open file, and who may write
 
 
 def take(folder: Path, owner: object) -> None:
-    """Make `owner` the only writer of a folder.
+    """Make `owner` the only writer of a folder, until it is garbage.
 
     The system lets go of the lock when the process ends, however it ends. Within one process the
     last owner counts, so that a notebook's cell can run twice.
@@ -23,9 +25,19 @@ def take(folder: Path, owner: object) -> None:
         RunError: another process writes there, or the lock cannot be made.
     """
     folder = folder.resolve()
-    if folder in _held:
-        _held[folder] = _held[folder][0], owner
-        return
+    if folder in _held and not _is_open_file(_held[folder][0], folder / LOCK_NAME):
+        os.close(_held.pop(folder)[0])  # the folder was deleted, and perhaps made anew
+    handle = _held[folder][0] if folder in _held else _lock(folder)
+    _held[folder] = handle, weakref.ref(owner, lambda dead: _let_go(folder, dead))
+
+
+def owner_of(folder: Path) -> object | None:
+    """Who may write a folder in this process; None if nobody here does."""
+    held = _held.get(folder.resolve())
+    return held[1]() if held else None
+
+
+def _lock(folder: Path) -> int:
     try:
         handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
@@ -39,15 +51,15 @@ def take(folder: Path, owner: object) -> None:
             where=folder,
             cure="Wait for it, end it, or give this run a folder of its own.",
         ) from None
-    _held[folder] = handle, owner
+    return handle
 
 
-def require_owner(folder: Path, owner: object) -> None:
-    """Raise RunError if another owner in this process has taken the folder since."""
-    held = _held.get(folder.resolve())
-    if held is None or held[1] is not owner:
-        raise RunError(
-            "has been taken over by a later trainer of this process",
-            where=folder,
-            cure="Use that trainer, or make a new one on this folder.",
-        )
+def _is_open_file(handle: int, path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
+
+
+def _let_go(folder: Path, dead: weakref.ref) -> None:
+    if folder in _held and _held[folder][1] is dead:
+        os.close(_held.pop(folder)[0])

@@ -81,6 +81,11 @@ class RunFolder:
         except FileFormatError as error:
             raise RunError(f"cannot be written ({error.what})", where=folder) from error
 
+    @property
+    def is_mine(self) -> bool:
+        """Whether this object is still the folder's writer; a later one of this process may be."""
+        return lock.owner_of(self.folder) is self
+
     def cut(self, step: int, name: str = METRICS_NAME) -> None:
         """Drop the rows after a step, and a last line that is only half written.
 
@@ -97,12 +102,22 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"cannot be written ({error.strerror})", where=path) from None
 
+    def require_mine(self) -> None:
+        """Raise RunError if a later trainer of this process has taken the folder."""
+        if not self.is_mine:
+            raise RunError(
+                "has been taken over by a later trainer of this process",
+                where=self.folder,
+                cure="Use that trainer, or make a new one on this folder.",
+            )
+
     def sync(self) -> None:
         """Force the metrics to the disk.
 
         Raises:
-            RunError: the disk refuses.
+            RunError: the disk refuses, or a later trainer has taken the folder.
         """
+        self.require_mine()
         path = self.folder / METRICS_NAME
         if not path.exists():
             return
@@ -118,7 +133,7 @@ class RunFolder:
         Raises:
             RunError: the line cannot be written, or a later trainer has taken the folder.
         """
-        lock.require_owner(self.folder, self)
+        self.require_mine()
         line = json.dumps(row) + "\n"  # NaN, of a validation, stays NaN
         path = self.folder / name
         written = path.stat().st_size if path.exists() else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -115,18 +116,23 @@ class StepReport:
     released_bytes: int | None = None  # process memory that a reload before this step gave back
 
     @classmethod
-    def from_row(cls, row: Mapping[str, object]) -> StepReport:
+    def from_row(cls, row: Mapping[str, object], where: object = "") -> StepReport:
         """A report from a row of a run's metrics; names that it does not know are left out.
 
         Raises:
-            RunError: the row lacks what a report needs.
+            RunError: the row lacks what a report needs, or holds what is no number.
         """
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        needed = {n for n, field in known.items() if field.default is dataclasses.MISSING}
-        missing = sorted(needed - set(row))
+        known = {f.name: f for f in dataclasses.fields(cls) if f.name in row}
+        needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        missing = sorted(needed - set(known))
         if missing:
-            raise RunError(f"these metrics lack {', '.join(missing)}")
-        return cls(**{name: value for name, value in row.items() if name in known})
+            raise RunError(f"lacks {', '.join(missing)}: these are other metrics", where=where)
+        lost = row.get("skipped") is True  # whose loss and gradients are not finite
+        for name, field in known.items():
+            if not _fits(row[name], str(field.type), lost or name == "valid_loss"):
+                kind = "truth value" if field.type == "bool" else "number"
+                raise RunError(f"{name} is {row[name]!r}, which is no {kind}", where=where)
+        return cls(**{name: row[name] for name in known})
 
     def __str__(self) -> str:
         valid = "" if self.valid_loss is None else f"  valid {self.valid_loss:.4f}"
@@ -138,3 +144,14 @@ class StepReport:
             f"lr {self.learning_rate:.2e}  grad {self.grad_norm:.2f}  "
             f"{self.tokens_per_second:.0f} tokens/s{held}"
         )
+
+
+def _fits(value: object, kind: str, may_be_nan: bool) -> bool:
+    """Whether a value from a file may stand in a report's field of this annotation."""
+    if value is None:
+        return "None" in kind
+    if isinstance(value, bool) or kind == "bool":
+        return isinstance(value, bool) and kind == "bool"
+    if not isinstance(value, int | float) or not (may_be_nan or math.isfinite(value)):
+        return False
+    return "int" not in kind or value == int(value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 WAITING = (signal.SIGINT, signal.SIGTERM)
@@ -12,9 +14,9 @@ WAITING = (signal.SIGINT, signal.SIGTERM)
 class DeferredInterrupt:
     """Hold back Ctrl-C (SIGINT) and SIGTERM inside a `with` block.
 
-    The first is raised when the block is done: KeyboardInterrupt, or for SIGTERM what the process
-    did with it before. A second one takes effect at once. Python handles signals on the main
-    thread only; elsewhere the block runs unprotected.
+    The first takes effect when the block is done: KeyboardInterrupt, or for SIGTERM what the
+    process did with it before. A second one takes effect at once. Python handles signals on the
+    main thread only; elsewhere the block runs unprotected.
     """
 
     def __init__(self):
@@ -35,7 +37,7 @@ class DeferredInterrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             self._restore()
-            signal.raise_signal(number)
+            _raise(number)
         self._waiting = number
 
     def _restore(self) -> None:
@@ -46,4 +48,31 @@ class DeferredInterrupt:
     def __exit__(self, kind, error, traceback) -> None:
         self._restore()
         if self.requested and kind is None:
-            signal.raise_signal(self._waiting)
+            _raise(self._waiting)
+
+
+@contextlib.contextmanager
+def orderly_exit() -> Iterator[None]:
+    """Have SIGTERM end the process by SystemExit, so that `finally` blocks run on the way out.
+
+    Only where nobody has taken the signal for something else.
+    """
+    on_main = threading.current_thread() is threading.main_thread()
+    if not on_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)  # the shell's convention
+
+
+def _raise(number: int) -> None:
+    if number == signal.SIGINT:  # whose handler, under asyncio, only cancels later
+        raise KeyboardInterrupt
+    signal.raise_signal(number)

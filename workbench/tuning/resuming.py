@@ -165,11 +165,12 @@ class RunKeeper:
 
     def _reports(self, checkpoint: Checkpoint) -> list[StepReport]:
         rows = read_rows(self.run.folder, METRICS_NAME) if checkpoint.step else []
-        reports = [StepReport.from_row(row) for row in rows[: checkpoint.step]]
+        where = self.run.folder / METRICS_NAME
+        reports = [StepReport.from_row(row, where) for row in rows[: checkpoint.step]]
         if [report.step for report in reports] != list(range(1, checkpoint.step + 1)):
             raise RunError(
                 f"lacks rows of the {checkpoint.step} steps that its checkpoint has made",
-                where=self.run.folder / METRICS_NAME,
+                where=where,
                 cure="Put the file back as it was, or start a new run in another folder.",
             )
         return reports

@@ -21,7 +21,7 @@ from workbench.probes.memory import cache_limit, read_memory, reset_peak
 from workbench.runs.store import RunFolder, as_config
 from workbench.tuning.config import StepReport, TrainConfig
 from workbench.tuning.gradients import clip_by_global_norm
-from workbench.tuning.interrupts import DeferredInterrupt
+from workbench.tuning.interrupts import DeferredInterrupt, orderly_exit
 from workbench.tuning.losses import LossFunction, default_loss, mean_loss
 from workbench.tuning.memory_watch import MemoryWatch
 from workbench.tuning.optimizers import make_optimizer
@@ -136,14 +136,16 @@ class Trainer:
     def session(self) -> Iterator[None]:
         """For a loop that calls `step` itself: sets MLX's limits, and brings the old ones back.
 
-        Such a loop goes on while not `finished` and not `stop_reason`. When it ends early, the run
-        folder gets a checkpoint.
+        Such a loop goes on while not `finished` and not `stop_reason`. When it ends early, for
+        whatever reason, the run folder gets a checkpoint.
         """
         self.stop_reason = ""
-        with cache_limit(self.config.cache_limit_bytes):
-            yield
-        if self.run is not None and self.stop_reason:
-            self._keeper.save_if_new(self)
+        try:
+            with orderly_exit(), cache_limit(self.config.cache_limit_bytes):
+                yield
+        finally:
+            if self.run is not None and self.run.is_mine and self.reports:
+                self._keeper.save_if_new(self)
 
     def __iter__(self) -> Iterator[StepReport]:
         with self.session():
