@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-long lab notebooks lint clean
+.PHONY: quickstart test test-long test-browser lab notebooks lint clean
 
 quickstart: $(INSTALLED)  ## fine-tune a real model, and show the result
 	$(BIN)/python -m workbench.runs.notebooks notebooks/00_quickstart.ipynb --out build --echo -p verbose True
@@ -15,8 +15,11 @@ quickstart: $(INSTALLED)  ## fine-tune a real model, and show the result
 test: $(INSTALLED)  ## the tests, every notebook once with small parameters
 	$(BIN)/python -m pytest
 
-test-long: $(INSTALLED)  ## the notebooks again, small and whole, compared by nbval
-	$(BIN)/python -m pytest -m long
+test-long: $(INSTALLED)  ## every kill and disk fault; the notebooks again, compared by nbval
+	$(BIN)/python -m pytest -m "long and not browser"
+
+test-browser: $(INSTALLED)  ## the live panel in JupyterLab and Chromium, if there is one
+	$(BIN)/python -m pytest -m browser -rs
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=.

@@ -201,12 +201,10 @@ def draw_guard(process_bytes: Sequence[int], limit_bytes: int, events: Mapping[i
 
 
 def _mark(axes: Axes, step: int, height: float, text: str, at_end: bool) -> None:
-    """A ring around a point, and what happened there below it."""
+    """A ring around a point, and what happened there above it."""
     axes.plot(step, height, "o", color=ORANGE, markersize=11, markerfacecolor="none")
-    arrow = {"arrowstyle": "-", "color": ORANGE}
     style = {"textcoords": "offset points", "color": ORANGE, "parse_math": False}
-    style["ha"] = "right" if at_end else "center"
-    axes.annotate(text, (step, height), (0, -34), arrowprops=arrow, **style)
+    axes.annotate(text, (step, height), (0, 12), ha="right" if at_end else "center", **style)
 
 
 def draw_planned(table: pd.DataFrame) -> bytes:
