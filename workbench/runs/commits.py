@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from workbench.errors import FileFormatError, RunError
@@ -28,7 +29,7 @@ def commit_folder(root: str | os.PathLike, name: str, write: Callable[[Path], No
     Args:
         root: where the folder shall stand; made if needed.
         name: of the folder; one that is there already is replaced.
-        write: gets an empty folder, and puts files into it.
+        write: gets an empty folder, and puts files into it; it need not force them to the disk.
 
     Raises:
         RunError: the folder cannot be written; nothing is left behind.
@@ -39,11 +40,10 @@ def commit_folder(root: str | os.PathLike, name: str, write: Callable[[Path], No
         root.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=root))
         write(staging)
-        files = sorted(path for path in staging.iterdir())
-        entries = {path.name: _describe(path) for path in files}
+        with ThreadPoolExecutor() as pool:  # hashing and the disk leave Python to others
+            entries = dict(pool.map(_seal, sorted(staging.iterdir())))
         write_json(staging / MANIFEST_NAME, {"version": VERSION, "files": entries})
-        for path in (*files, staging / MANIFEST_NAME, staging):
-            _force_to_disk(path)
+        _force_to_disk(staging)
         _move(staging, root / name)
         _force_to_disk(root)
     except (OSError, FileFormatError) as error:
@@ -104,6 +104,12 @@ def recover_folders(root: str | os.PathLike) -> None:
                     verify_folder(aside)
                     os.rename(aside, target)
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _seal(path: Path) -> tuple[str, dict[str, object]]:
+    """Force a file to the disk; returns its name and entry in the manifest."""
+    _force_to_disk(path)
+    return path.name, _describe(path)
 
 
 def _describe(path: Path) -> dict[str, object]:

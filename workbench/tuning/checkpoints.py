@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from workbench.errors import FileFormatError, RunError, TrainingError, WeightsError
-from workbench.models.files import read_json, read_safetensors, write_json, write_safetensors
+from workbench.models.files import read_json, read_safetensors
 from workbench.probes.numerics import not_finite
 from workbench.runs.commits import commit_folder, discard_folder, recover_folders, verify_folder
 
@@ -71,9 +72,12 @@ def save_checkpoint(
     moments: dict[str, mx.array] = dict(tree_flatten(optimizer.state))
 
     def write(folder: Path) -> None:
-        write_safetensors(folder / WEIGHTS_NAME, weights)
-        write_safetensors(folder / OPTIMIZER_NAME, moments)
-        write_json(folder / STATE_NAME, {**state, "version": VERSION, "step": step})
+        for name, tensors in ((WEIGHTS_NAME, weights), (OPTIMIZER_NAME, moments)):
+            contiguous = {key: mx.contiguous(tensor) for key, tensor in tensors.items()}
+            with (folder / name).open("wb") as file:
+                mx.save_safetensors(file, contiguous, {"format": "mlx"})
+        text = json.dumps({**state, "version": VERSION, "step": step}, allow_nan=False)
+        (folder / STATE_NAME).write_text(text, encoding="utf-8")
 
     target = checkpoint_folder(run_folder, step)
     return commit_folder(target.parent, target.name, write)

@@ -1,0 +1,1 @@
+"""The live panel in a real browser: JupyterLab, a kernel, keyboard and mouse."""
