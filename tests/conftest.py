@@ -7,6 +7,7 @@ import workbench as wb  # isort: split
 import mlx.core as mx
 import pytest
 
+from tests.faults.cases import count
 from tests.toy import save_toy_folder, toy_base, toy_tokenizer
 
 
@@ -39,3 +40,11 @@ def tokenizer():
 def model_folder(tmp_path):
     """A toy model as a Hugging Face folder."""
     return save_toy_folder(tmp_path / "toy-model")
+
+
+@pytest.fixture(autouse=True)
+def in_the_table_of_faults(request):
+    """Count a test that is marked `fault` under its class."""
+    yield
+    if mark := request.node.get_closest_marker("fault"):
+        count(mark.args[0], "result")

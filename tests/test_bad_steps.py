@@ -14,6 +14,8 @@ from workbench.tuning.checkpoints import list_checkpoints
 from workbench.tuning.losses import supervised_loss
 from workbench.tuning.progress import Progress, is_spike
 
+pytestmark = pytest.mark.fault("numeric")
+
 
 def poisoned(*rows, value=math.nan):
     """A loss that is not finite for batches that hold certain rows."""

@@ -5,7 +5,9 @@ import threading
 
 import pytest
 
-from workbench.tuning.interrupts import DeferredInterrupt
+from workbench.tuning.interrupts import DeferredInterrupt, orderly_exit
+
+pytestmark = pytest.mark.fault("interrupts")
 
 
 def interrupted_block(log, error=None):
@@ -53,3 +55,38 @@ def test_another_thread_runs_the_block_unprotected():
     thread.start()
     thread.join()
     assert ran == [signal.getsignal(signal.SIGINT)]
+
+
+def twice_interrupted(log):
+    with DeferredInterrupt():
+        signal.raise_signal(signal.SIGINT)
+        log.append("first")
+        signal.raise_signal(signal.SIGINT)
+        log.append("second")
+
+
+def test_a_second_signal_takes_effect_at_once():
+    log = []
+    with pytest.raises(KeyboardInterrupt):
+        twice_interrupted(log)
+    assert log == ["first"]
+
+
+def test_sigterm_waits_and_then_does_what_it_did_before():
+    caught, log = [], []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+    try:
+        with DeferredInterrupt():
+            signal.raise_signal(signal.SIGTERM)
+            log.append(list(caught))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert log == [[]]
+    assert caught == [signal.SIGTERM]
+
+
+def test_sigterm_leaves_in_order_where_nobody_has_taken_it():
+    with pytest.raises(SystemExit) as caught, orderly_exit():
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -54,6 +54,7 @@ def stopped_after(steps, folder, **settings):
     return trainer
 
 
+@pytest.mark.fault("resume equality")
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_resumed_run_equals_the_uninterrupted_one(name, steps, tmp_path):
@@ -293,6 +294,7 @@ def test_a_second_process_is_refused_while_the_first_writes(tmp_path):
     assert not resumed.finished
 
 
+@pytest.mark.fault("interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_process_with_every_step_in_a_checkpoint(number, tmp_path):
     process = start_training(tmp_path)
@@ -306,6 +308,7 @@ def test_a_signal_ends_the_process_with_every_step_in_a_checkpoint(number, tmp_p
     assert toy_trainer(run_dir=tmp_path, steps=5000).steps_done == steps
 
 
+@pytest.mark.fault("interrupts")
 def test_a_loop_that_is_left_early_leaves_a_checkpoint(tmp_path):
     for report in toy_trainer(run_dir=tmp_path, epochs=3):
         if report.step == 2:
@@ -319,6 +322,7 @@ def fail_after(steps, trainer):
             raise RuntimeError("mine")
 
 
+@pytest.mark.fault("interrupts")
 def test_an_error_between_two_steps_leaves_a_checkpoint(tmp_path):
     with pytest.raises(RuntimeError, match="mine"):
         fail_after(2, toy_trainer(run_dir=tmp_path, epochs=3))
@@ -341,6 +345,7 @@ def test_a_folder_that_was_deleted_can_be_used_again(tmp_path):
     assert lock.owner_of(tmp_path / "run") is second.run
 
 
+@pytest.mark.fault("interrupts")
 def test_an_interrupted_loss_leaves_no_half_update(tmp_path):
     def interrupt_twice(loss):
         signal.raise_signal(signal.SIGINT)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.faults.cases import count
 from tests.faults.killing import count_boundaries, failing, killed_at, killed_in_step, train
 from tests.faults.processes import error_of, forked, result_of
 
@@ -28,7 +29,9 @@ def undisturbed(tmp_path_factory) -> tuple[dict[str, object], list[str]]:
     return read[0], read[1]
 
 
-def assert_goes_on(run_dir: Path, results: Path, undisturbed: dict[str, object]) -> None:
+def assert_goes_on(
+    run_dir: Path, results: Path, undisturbed: dict[str, object], fault: str = "SIGKILL, resumed"
+) -> None:
     """The run goes on to the end, equal to the bit, and leaves nothing behind."""
     acknowledged = _rows(run_dir)
     assert forked(partial(train, run_dir), results) == 0, error_of(results)
@@ -37,6 +40,7 @@ def assert_goes_on(run_dir: Path, results: Path, undisturbed: dict[str, object])
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert [row["loss"] for row in rows[: len(acknowledged)]] == [r["loss"] for r in acknowledged]
     stray = list(run_dir.rglob(".tmp-*"))
+    count(fault, "result", len(stray))
     assert not stray, stray
 
 
@@ -98,7 +102,7 @@ def check_disk_faults(count, undisturbed, tmp_path):
         for text in told.pop("errors"):
             assert str(run_dir) in text, what
         assert told == result, what
-        assert_goes_on(run_dir, results / "again", result)
+        assert_goes_on(run_dir, results / "again", result, "disk refuses, resumed")
 
 
 def test_some_disk_faults(undisturbed, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import os
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,8 @@ from workbench.data.capitals import (
     all_capitals,
     capital_rows,
 )
-from workbench.data.examples import Example, encode_row, read_rows
+from workbench.data.examples import Example, encode_row
+from workbench.data.rows import read_rows
 from workbench.errors import ConfigError, DataError, check_number, check_whole
 
 SPLITS = ("train", "valid", "test")
@@ -27,17 +29,27 @@ Rows = Iterable[tuple[str, Mapping[str, object]]]  # (place, row)
 
 @dataclass(frozen=True, repr=False)
 class Dataset:
-    """Tokenised examples, split for training, validation and test."""
+    """Tokenised examples, split for training, validation and test.
+
+    Special tokens that a message spells are text, unless `allow_special_tokens`; the description
+    counts them.
+    """
 
     name: str
     train: list[Example]
     valid: list[Example] = field(default_factory=list)
     test: list[Example] = field(default_factory=list)
+    allow_special_tokens: bool = False
 
     @property
     def truncated(self) -> int:
         """Number of examples, over all splits, that were cut to max_length."""
         return sum(example.truncated for split in SPLITS for example in getattr(self, split))
+
+    @property
+    def num_spelled(self) -> int:
+        """Number of special tokens, over all splits, that messages spell and that are text."""
+        return sum(example.num_spelled for split in SPLITS for example in getattr(self, split))
 
     def __str__(self) -> str:
         parts = []
@@ -46,7 +58,11 @@ class Dataset:
             tokens, targets = sum(map(len, examples)), sum(e.num_targets for e in examples)
             parts.append(f"{split} {len(examples)} rows, {tokens} tokens, {targets} supervised")
         cut = f"; {self.truncated} rows were cut to max_length" if self.truncated else ""
-        return f"{self.name}: {'; '.join(parts)}{cut}"
+        spelled = f"; {self.num_spelled} special tokens in messages are text"
+        special = spelled if self.num_spelled else ""
+        if self.allow_special_tokens:
+            special = "; special tokens in messages are control tokens"
+        return f"{self.name}: {'; '.join(parts)}{cut}{special}"
 
     __repr__ = __str__
 
@@ -61,6 +77,7 @@ def load_dataset(
     limit: int | None = None,
     max_length: int = 2048,
     train_on: str = "assistant",
+    allow_special_tokens: bool = False,
     valid_fraction: float = 0.1,
     seed: int = 0,
 ) -> Dataset:
@@ -71,6 +88,7 @@ def load_dataset(
         limit: training rows that are used, from the start; None for all.
         max_length: tokens of a row that are kept; `Dataset.truncated` counts the rows cut.
         train_on: targets of a chat, see `encode_row`.
+        allow_special_tokens: whether those that messages spell act, see `encode_row`.
         valid_fraction: share of a single file's rows that validate.
         seed: of that split.
 
@@ -78,20 +96,29 @@ def load_dataset(
         DataError: nothing there, or a row that cannot be trained on; names the line.
         ConfigError: a setting is out of range.
     """
+    _check_settings(limit, valid_fraction, seed)
+    rows = _capitals(limit) if source == "capitals" else _from_disk(source, valid_fraction, seed)
+    rows["train"] = rows["train"][:limit]
+    encode = functools.partial(
+        encode_row,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        train_on=train_on,
+        allow_special_tokens=allow_special_tokens,
+    )
+    encoded = {
+        split: [encode(row, where=place) for place, row in rows.get(split, ())] for split in SPLITS
+    }
+    return Dataset(Path(source).name, **encoded, allow_special_tokens=allow_special_tokens)
+
+
+def _check_settings(limit: int | None, valid_fraction: float, seed: int) -> None:
     if limit is not None:
         check_whole("limit", limit, 1)
     check_whole("seed", seed, 0)
     check_number("valid_fraction", valid_fraction, 0)
     if valid_fraction >= 1:
         raise ConfigError(f"valid_fraction must be in [0, 1), got {valid_fraction}")
-    rows = _capitals(limit) if source == "capitals" else _from_disk(source, valid_fraction, seed)
-    rows["train"] = rows["train"][:limit]
-
-    def encode(place: str, row: Mapping[str, object]) -> Example:
-        return encode_row(row, tokenizer, max_length=max_length, train_on=train_on, where=place)
-
-    encoded = {split: [encode(*row) for row in rows.get(split, ())] for split in SPLITS}
-    return Dataset(Path(source).name, **encoded)
 
 
 def _capitals(limit: int | None) -> dict[str, list]:
@@ -110,18 +137,19 @@ def _capitals(limit: int | None) -> dict[str, list]:
 
 
 def _from_disk(source: str | os.PathLike, valid_fraction: float, seed: int) -> dict[str, list]:
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(source))
+    if os.path.exists(path) and not os.path.isdir(path):
         return _split(list(read_rows(path)), valid_fraction, seed)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(
             f"no data set {os.fspath(source)!r}",
             cure="Give 'capitals', a folder with train.jsonl, or a .jsonl file.",
         )
-    if not (path / "train.jsonl").is_file():
-        raise DataError("holds no train.jsonl", where=path)
     files = {split: path / f"{split}.jsonl" for split in SPLITS}
-    return {split: list(read_rows(file)) for split, file in files.items() if file.is_file()}
+    there = {split: file for split, file in files.items() if os.path.lexists(file)}
+    if "train" not in there:
+        raise DataError("holds no train.jsonl", where=path)
+    return {split: list(read_rows(file, inside=path)) for split, file in there.items()}
 
 
 def _split(rows: list, valid_fraction: float, seed: int) -> dict[str, list]:

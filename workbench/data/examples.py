@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from workbench.data.chats import (
+    Shielded,
+    check_messages,
+    refusing,
+    render_chat,
+    shield,
+    tokenise_chat,
+)
+from workbench.data.rows import read_rows as read_rows
+from workbench.data.rows import text_of
 from workbench.errors import ConfigError, DataError, check_whole
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 TRAIN_ON = ("assistant", "last", "all")
 
 
@@ -29,6 +35,7 @@ class Example:
     loss_mask: np.ndarray  # (T,) bool
     where: str  # file and line, for messages
     truncated: bool = False
+    num_spelled: int = 0  # special tokens that the messages spell, encoded as text
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -39,48 +46,13 @@ class Example:
         return int(self.loss_mask[1:].sum())
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield (place, row) for each line of a JSONL file; blank lines are passed over.
-
-    Raises:
-        DataError: the file cannot be read, is empty, or a line is not a JSON object in UTF-8;
-            names the line.
-    """
-    path, found = Path(path), False
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    found = True
-                    yield f"{path}:{number}", _parse(line, f"{path}:{number}")
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=path) from None
-    if not found:
-        raise DataError("holds no rows", where=path, cure="Write one JSON object a line.")
-
-
-def _parse(line: bytes, where: str) -> dict[str, object]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"is not UTF-8 (byte {error.start} of the line)",
-            where=where,
-            cure="Save the file as UTF-8.",
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"is not valid JSON ({error})", where=where) from None
-    if not isinstance(row, dict):
-        raise DataError(f"must be a JSON object, got {type(row).__name__}", where=where)
-    return row
-
-
 def encode_row(
     row: Mapping[str, object],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int = 2048,
     train_on: str = "assistant",
+    allow_special_tokens: bool = False,
     where: str = "row",
 ) -> Example:
     """Tokenise a row in one of mlx-lm's formats, and mark its targets.
@@ -91,6 +63,9 @@ def encode_row(
         max_length: tokens that are kept, from the start.
         train_on: targets of a chat: all `assistant` turns (each with the token that ends it), the
             `last` turn, or `all` tokens. All of a `text` is trained.
+        allow_special_tokens: let special tokens that a message spells, such as "<|im_end|>", act
+            as control tokens. Otherwise they are text, and only the template's own act. In a
+            `text`, which no template writes, they always act.
         where: the row's place, for messages.
 
     Raises:
@@ -100,27 +75,31 @@ def encode_row(
         raise ConfigError(f"train_on {train_on!r} is unknown", cure=f"Use one of {TRAIN_ON}.")
     check_whole("max_length", max_length, 2)
     if "messages" in row or "prompt" in row or "completion" in row:
-        text, spans = _chat_text(row, tokenizer, train_on, where)
-        tokens, loss_mask = _encode_spans(text, spans, tokenizer)
-    elif "text" in row:
-        tokens = _encode_text(_string(row, "text", where), tokenizer)
-        loss_mask = np.ones(len(tokens), dtype=bool)
-    else:
-        raise DataError(
-            f"has none of the known keys (it has {', '.join(map(repr, row)) or 'none at all'})",
-            where=where,
-            cure="Use 'messages', 'prompt' and 'completion', or 'text'.",
-        )
-    return _cut(tokens, loss_mask, max_length, where)
+        chat = _encode_chat(row, tokenizer, train_on, allow_special_tokens, where)
+        return _cut(*chat, max_length, where)
+    if "text" in row:
+        tokens = _encode_text(text_of(row, "text", where), tokenizer, where)
+        return _cut(tokens, np.ones(len(tokens), dtype=bool), 0, max_length, where)
+    raise DataError(
+        f"has none of the known keys (it has {_named(row)})",
+        where=where,
+        cure="Use 'messages', 'prompt' and 'completion', or 'text'.",
+    )
 
 
-def _cut(tokens: np.ndarray, loss_mask: np.ndarray, max_length: int, where: str) -> Example:
+def _named(row: Mapping[str, object]) -> str:
+    return ", ".join(repr(key[:50]) for key in list(row)[:10]) or "none at all"
+
+
+def _cut(
+    tokens: np.ndarray, loss_mask: np.ndarray, num_spelled: int, max_length: int, where: str
+) -> Example:
     """The example up to its last target within max_length; raises DataError if it has none."""
     truncated = bool(loss_mask[max_length:].any())  # white space of the template is no loss
     targets = np.flatnonzero(loss_mask[:max_length])
     # What follows the last target trains nothing, and under a causal mask changes nothing.
     end = targets[-1] + 1 if len(targets) else 0
-    example = Example(tokens[:end], loss_mask[:end], where, truncated)
+    example = Example(tokens[:end], loss_mask[:end], where, truncated, num_spelled)
     if not example.num_targets:
         reason = f"within max_length={max_length} tokens" if truncated else "to train on"
         raise DataError(
@@ -131,35 +110,45 @@ def _cut(tokens: np.ndarray, loss_mask: np.ndarray, max_length: int, where: str)
     return example
 
 
-def _string(row: Mapping[str, object], key: str, where: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise DataError(f"{key!r} must be a string, got {type(value).__name__}", where=where)
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{key!r} holds half of a surrogate pair", where=where) from None
-    return value
-
-
-def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    ids = list(tokenizer.encode(text))
+def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> np.ndarray:
+    with refusing(where):
+        ids = list(tokenizer.encode(text, split_special_tokens=False))
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return np.array(ids, dtype=np.int32)
 
 
-def _chat_text(
-    row: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, train_on: str, where: str
-) -> tuple[str, list[tuple[int, int]]]:
-    """The chat as one string, and the character ranges that are trained."""
+def _encode_chat(
+    row: Mapping[str, object],
+    tokenizer: PreTrainedTokenizerBase,
+    train_on: str,
+    allow_special_tokens: bool,
+    where: str,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Tokens of a chat, which of them are trained, and how many special tokens its texts spell."""
     messages = check_messages(row["messages"], where) if "messages" in row else _pair(row, where)
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise DataError("'tools' must be a list", where=where)
-    text = render_chat(tokenizer, messages, tools, where)
+    chat = Shielded(messages, tools)
+    if not allow_special_tokens:
+        chat = shield(tokenizer, messages, tools, where)
+    text = render_chat(tokenizer, chat.messages, chat.tools, where)
+    tokenised = tokenise_chat(tokenizer, text, chat, where)
+    starts = np.array(tokenised.starts, dtype=np.int64)
+    loss_mask = np.zeros(len(starts), dtype=bool)
+    for first, last in _trained_spans(text, chat, tokenizer, train_on, where):
+        loss_mask |= (starts >= tokenised.place(first)) & (starts < tokenised.place(last))
+    return np.array(tokenised.ids, dtype=np.int32), loss_mask, chat.num_spelled
+
+
+def _trained_spans(
+    text: str, chat: Shielded, tokenizer: PreTrainedTokenizerBase, train_on: str, where: str
+) -> list[tuple[int, int]]:
+    """The character ranges of the chat, as the template wrote it, that are trained."""
+    messages = chat.messages
     if train_on == "all":
-        return text, [(0, len(text))]
+        return [(0, len(text))]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on == "last":
         turns = [i for i in turns if i == len(messages) - 1]
@@ -169,10 +158,13 @@ def _chat_text(
             where=where,
             cure="Begin with a user or system message, or use train_on='last' or 'all'.",
         )
+
+    def render(count: int, **options: bool) -> str:
+        return render_chat(tokenizer, messages[:count], chat.tools, where, **options)
+
     spans = []
     for turn in turns:
-        before = render_chat(tokenizer, messages[:turn], tools, where, add_generation_prompt=True)
-        after = render_chat(tokenizer, messages[: turn + 1], tools, where)
+        before, after = render(turn, add_generation_prompt=True), render(turn + 1)
         if not (after.startswith(before) and text.startswith(after.rstrip())):
             raise DataError(
                 f"the chat template rewrites turn {turn}, so its targets cannot be told",
@@ -181,71 +173,11 @@ def _chat_text(
             )
         # What follows the end-of-turn token is the template's own white space.
         spans.append((len(before), len(after.rstrip())))
-    return text, spans
+    return spans
 
 
 def _pair(row: Mapping[str, object], where: str) -> list[dict[str, object]]:
     return [
-        {"role": "user", "content": _string(row, "prompt", where)},
-        {"role": "assistant", "content": _string(row, "completion", where)},
+        {"role": "user", "content": text_of(row, "prompt", where)},
+        {"role": "assistant", "content": text_of(row, "completion", where)},
     ]
-
-
-def check_messages(messages: object, where: str) -> list[Mapping[str, object]]:
-    """The messages of a chat, each with a known role and a text; raises DataError otherwise."""
-    if not isinstance(messages, list) or not messages:
-        raise DataError("'messages' must be a list with at least one message", where=where)
-    for number, message in enumerate(messages):
-        place = f"{where}, message {number}"
-        if not isinstance(message, Mapping):
-            raise DataError(f"must be an object, got {type(message).__name__}", where=place)
-        if message.get("role") not in ROLES:
-            raise DataError(
-                f"unknown role {message.get('role')!r}",
-                where=place,
-                cure=f"Roles are: {', '.join(ROLES)}.",
-            )
-        if not (message.get("content") is None and message.get("tool_calls")):
-            _string(message, "content", place)
-    return messages
-
-
-def render_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, object]],
-    tools: list | None,
-    where: str,
-    add_generation_prompt: bool = False,
-) -> str:
-    """The chat as the model's template writes it.
-
-    Raises:
-        DataError: there is no template, or it refuses the chat.
-    """
-    if not tokenizer.chat_template:
-        raise DataError(
-            "a chat or completion needs a chat template, and this tokenizer has none",
-            where=where,
-            cure="Use rows of 'text', or the model's instruction-tuned sibling.",
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except (TemplateError, TypeError, KeyError, ValueError, IndexError) as error:
-        raise DataError(f"the chat template refuses it ({error})", where=where) from None
-
-
-def _encode_spans(
-    text: str, spans: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the text, and which of them begin inside one of the character ranges."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    starts = np.array([start for start, _ in encoded["offset_mapping"]], dtype=np.int64)
-    loss_mask = np.zeros(len(starts), dtype=bool)
-    for first, last in spans:
-        loss_mask |= (starts >= first) & (starts < last)
-    return np.array(encoded["input_ids"], dtype=np.int32), loss_mask

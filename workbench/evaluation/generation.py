@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from workbench.data.examples import check_messages, render_chat
+from workbench.data import chats
 from workbench.errors import ConfigError, DataError, check_number, check_whole
 from workbench.models.llama import Llama
 from workbench.models.loading import BaseModel, embedding_rows
@@ -98,17 +98,18 @@ def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
 def encode_prompt(base: BaseModel, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, ready for the model's answer.
 
+    Special tokens that a chat's messages spell are text; only the template's own act.
+
     Raises:
         DataError: no tokens, too many, or ids that the embedding does not have; or a chat that
             the template refuses.
     """
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    check_messages(chat, "prompt")
     if isinstance(prompt, str) and not base.tokenizer.chat_template:
-        ids = base.tokenizer.encode(prompt)
+        with chats.refusing("prompt"):
+            ids = base.tokenizer.encode(prompt)
     else:
-        text = render_chat(base.tokenizer, chat, None, "prompt", add_generation_prompt=True)
-        ids = base.tokenizer.encode(text, add_special_tokens=False)
+        ids = chats.encode_prompt(base.tokenizer, chat, "prompt")
     check_ids(ids, embedding_rows(base.model, base.config))
     if len(ids) >= _room(base):
         raise DataError(

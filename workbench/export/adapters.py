@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from workbench.tuning.lora import (
     linear_dims,
 )
 
+LARGEST_RANK = 1 << 16
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapters.safetensors"
 
 
@@ -108,10 +110,14 @@ def load_adapter(base: BaseModel, folder: str | os.PathLike) -> Adapter:
         FileFormatError: a file is absent or malformed.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG_NAME)
+    try:
+        config = _read_config(folder / CONFIG_NAME)
+        expected = _expected_shapes(base.model, config)
+    except ConfigError as error:
+        where = error.where or folder / CONFIG_NAME
+        raise ConfigError(error.what[:1000], where=where, cure=error.cure) from None
     weights = read_safetensors(folder / WEIGHTS_NAME)
     _require_finite(weights, folder / WEIGHTS_NAME)
-    expected = _expected_shapes(base.model, config)
     compare(expected, weights, source=str(folder / WEIGHTS_NAME)).require_complete()
     adapter = add_lora(base.model, config)
     base.model.load_weights(list(weights.items()), strict=False)
@@ -123,19 +129,23 @@ def _read_config(path: Path) -> LoRAConfig:
     config = read_json(path)
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
-        raise ConfigError(f"fine_tune_type {kind!r} is not supported", where=path)
+        raise ConfigError(f"fine_tune_type {reprlib.repr(kind)} is not supported", where=path)
     parameters, num_layers = config.get("lora_parameters"), config.get("num_layers")
     if not isinstance(parameters, dict):
         raise ConfigError("needs an object 'lora_parameters'", where=path)
     numbers = {name: parameters.get(name) for name in ("rank", "scale", "dropout")}
     if isinstance(num_layers, bool) or not isinstance(num_layers, int):
-        raise ConfigError(f"num_layers must be a whole number, got {num_layers!r}", where=path)
+        got = reprlib.repr(num_layers)
+        raise ConfigError(f"num_layers must be a whole number, got {got}", where=path)
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"lora_parameters.{name} must be a number, got {value!r}", where=path)
+            got = reprlib.repr(value)
+            raise ConfigError(f"lora_parameters.{name} must be a number, got {got}", where=path)
     keys = ALL_LINEAR if parameters.get("keys") is None else parameters["keys"]
     if keys != ALL_LINEAR and not _is_list_of_names(keys):
         raise ConfigError("lora_parameters.keys must be a list of module names", where=path)
+    if numbers["rank"] > LARGEST_RANK:
+        raise ConfigError(f"lora_parameters.rank is beyond reason: {numbers['rank']}", where=path)
     return LoRAConfig(
         rank=numbers["rank"],
         alpha=numbers["scale"] * numbers["rank"],

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import mlx.core as mx
-from safetensors import SafetensorError, safe_open
 
 from workbench.errors import FileFormatError, SourceError
+from workbench.models.regular_files import check_regular, open_regular, parse_json
+from workbench.models.safetensors_header import read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64_000_000  # a config or an index is far smaller
@@ -49,21 +50,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def read_json(path: str | Path) -> dict[str, object]:
-    """Read a JSON object.
+    """Read a JSON object. NaN and Infinity are accepted: some models' configurations hold them.
 
     Raises:
-        FileFormatError: absent, too large, not UTF-8, not JSON, or not an object.
+        FileFormatError: absent, not a regular file, a link out of its folder, too large or too
+            deep, not UTF-8, not JSON, a key twice, or not an object.
     """
     path = Path(path)
+    if check_regular(path, inside=path.parent) > MAX_JSON_BYTES:
+        raise FileFormatError(f"is larger than {MAX_JSON_BYTES} bytes", where=path)
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise FileFormatError(f"larger than {MAX_JSON_BYTES} bytes", where=path)
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileFormatError(f"cannot be read ({error.strerror})", where=path) from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, FileFormatError):
-            raise
+        with open_regular(path, inside=path.parent) as file:
+            content = parse_json(file.read(MAX_JSON_BYTES))
+    except FileFormatError:
+        raise
+    except (ValueError, OSError) as error:
         raise FileFormatError(f"is not valid JSON ({error})", where=path) from None
     if not isinstance(content, dict):
         raise FileFormatError("must hold a JSON object", where=path)
@@ -78,42 +79,39 @@ def write_json(path: str | Path, content: Mapping[str, object]) -> None:
 
 
 def read_safetensors(path: str | Path) -> dict[str, mx.array]:
-    """Read one safetensors file, after the safetensors package has validated its header.
+    """Read one safetensors file, whose header is checked before MLX sees it.
 
     Returns:
-        name → array, in the file's dtypes.
+        name → array, in the file's dtypes; lazy, so the numbers themselves are not checked.
 
     Raises:
-        FileFormatError: absent, truncated, or not a safetensors file.
+        FileFormatError: absent, not a regular file, a link out of its folder, or against the
+            specification of safetensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileFormatError("no such file", where=path)
+    entries = read_header(path)
     try:
-        with safe_open(path, framework="numpy") as file:
-            names = set(file.keys())
         tensors = mx.load(str(path), format="safetensors")
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
-        raise FileFormatError(
-            f"is not a whole safetensors file ({error})",
-            where=path,
-            cure="Fetch it again; a git-lfs pointer or a broken download looks like this.",
-        ) from None
-    if set(tensors) != names:
-        raise FileFormatError("holds tensors that cannot be read", where=path)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise FileFormatError(f"cannot be read by MLX ({error})", where=path) from None
+    read = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if read != {name: (entry.dtype, entry.shape) for name, entry in entries.items()}:
+        raise FileFormatError("holds tensors that MLX reads otherwise", where=path)
     return tensors
 
 
-def read_weights(folder: str | Path) -> dict[str, mx.array]:
-    """Read a model folder's safetensors: sharded by index, or every `model*.safetensors`.
+def weight_files(folder: str | Path) -> dict[Path, set[str] | None]:
+    """A model folder's files of weights, each with the tensors that the index promises there.
+
+    Without an index, every `model*.safetensors` with None.
 
     Raises:
-        FileFormatError: a shard is missing, malformed, or lacks a tensor that the index promises.
+        FileFormatError: the index is malformed, or names a file outside the folder.
         SourceError: the folder holds no safetensors.
     """
     folder = Path(folder)
-    if (folder / INDEX_NAME).exists():
-        return _read_sharded(folder)
+    if os.path.lexists(folder / INDEX_NAME):
+        return _read_index(folder / INDEX_NAME)
     paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("weights*.safetensors"))
     if not paths:
         raise SourceError(
@@ -121,38 +119,48 @@ def read_weights(folder: str | Path) -> dict[str, mx.array]:
             where=folder,
             cure="Pickled weights (.bin, .pt) are never loaded: convert them to safetensors.",
         )
-    tensors: dict[str, mx.array] = {}
-    for path in paths:
-        _add(tensors, read_safetensors(path), path)
-    return tensors
+    return dict.fromkeys(paths)
 
 
-def _add(tensors: dict[str, mx.array], part: Mapping[str, mx.array], path: Path) -> None:
-    twice = sorted(set(part) & set(tensors))
-    if twice:
-        raise FileFormatError(f"{twice[0]} is in more than one file", where=path)
-    tensors.update(part)
-
-
-def _read_sharded(folder: Path) -> dict[str, mx.array]:
-    index = folder / INDEX_NAME
+def _read_index(index: Path) -> dict[Path, set[str] | None]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFormatError("has no weight_map", where=index)
-    tensors: dict[str, mx.array] = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+    promises: dict[Path, set[str] | None] = {}
+    for name, shard in weight_map.items():
+        if not name.isprintable():
+            raise FileFormatError(f"lists the impossible name {name!r}", where=index)
+        is_name = isinstance(shard, str) and shard.isprintable() and not set(shard) & set("/\\")
+        if not is_name or not shard.endswith(".safetensors"):
             raise FileFormatError(f"names a shard {shard!r} outside its folder", where=index)
-        if not (folder / shard).is_file():
-            raise FileFormatError(f"shard {shard} is missing", where=folder, cure="Fetch it again.")
-        promised = {name for name, place in weight_map.items() if place == shard}
-        content = read_safetensors(folder / shard)
-        absent = sorted(promised - set(content))
-        if absent:
+        promises.setdefault(index.parent / shard, set()).add(name)
+    return dict(sorted(promises.items()))
+
+
+def read_weights(folder: str | Path) -> dict[str, mx.array]:
+    """Read a model folder's safetensors: sharded by index, or every `model*.safetensors`.
+
+    Raises:
+        FileFormatError: a shard is missing or malformed, lacks a tensor that the index promises,
+            or holds one that the index does not list there.
+        SourceError: the folder holds no safetensors.
+    """
+    tensors: dict[str, mx.array] = {}
+    for path, promised in weight_files(folder).items():
+        if not os.path.lexists(path):
             raise FileFormatError(
-                f"lacks {absent[0]}, which the index promises", where=folder / shard
+                f"shard {path.name} is missing", where=folder, cure="Fetch it again."
             )
-        _add(tensors, content, folder / shard)
+        content = read_safetensors(path)
+        twice = sorted(content.keys() & tensors.keys())
+        if twice:
+            raise FileFormatError(f"{twice[0]} is in more than one file", where=path)
+        if promised is not None and promised != content.keys():
+            name = min(promised ^ content.keys())
+            verb = "lacks" if name in promised else "holds"
+            which = "which the index promises" if name in promised else "not listed in the index"
+            raise FileFormatError(f"{verb} {name}, {which}", where=path)
+        tensors.update(content)
     return tensors
 
 

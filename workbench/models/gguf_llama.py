@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, FileFormatError
 from workbench.models.gguf_format import GGUFFile
 from workbench.models.rope import rope_periods
 
@@ -43,6 +43,7 @@ NUMBERS = {  # Hugging Face's name: GGUF's
 }
 LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 ROPE_FACTORS = "rope_freqs.weight"
+MAX_WORD = 100  # characters of a metadata string that is a name
 LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -70,11 +71,11 @@ def read(path: str | Path, dtype: mx.Dtype) -> GGUFCheckpoint:
     """Read a Llama-family GGUF file and dequantise it to `dtype`.
 
     Raises:
-        FileFormatError: the file is malformed.
+        FileFormatError: the file is malformed, or two of its tensors have one name here.
         ConfigError: another architecture, or its configuration lacks a number.
     """
     file = GGUFFile(path)
-    architecture = file.metadata.get("general.architecture")
+    architecture = _scalar(file, "general.architecture")
     if architecture != "llama":
         raise ConfigError(
             f"architecture {architecture!r} cannot be read from GGUF",
@@ -89,9 +90,11 @@ def read(path: str | Path, dtype: mx.Dtype) -> GGUFCheckpoint:
             continue
         array, ours = file.read(name), hugging_face_name(name)
         if ".attn_q." in name:
-            array = half_split_rows(array, heads)
+            array = half_split_rows(array, heads, path)
         elif ".attn_k." in name:
-            array = half_split_rows(array, kv_heads or heads)
+            array = half_split_rows(array, kv_heads or heads, path)
+        if ours in weights:
+            raise FileFormatError(f"holds {ours} twice, once as {name}", where=path)
         weights[ours] = mx.array(array).astype(dtype)
         file_dtypes[ours] = tensor.kind.name
     return GGUFCheckpoint(weights, config, file.metadata, file_dtypes)
@@ -106,7 +109,7 @@ def hugging_face_name(name: str) -> str:
     return f"{TOP_LEVEL[stem]}.{kind}" if stem in TOP_LEVEL else name
 
 
-def half_split_rows(weight: np.ndarray, heads: int) -> np.ndarray:
+def half_split_rows(weight: np.ndarray, heads: int, source: object = "GGUF") -> np.ndarray:
     """Undo GGUF's row order of q and k: pairs (0, 1), (2, 3), … become (0, d/2), (1, d/2 + 1), …
 
     GGUF stores the rows for interleaved RoPE, Hugging Face's layout rotates half against half.
@@ -114,9 +117,10 @@ def half_split_rows(weight: np.ndarray, heads: int) -> np.ndarray:
     Args:
         weight: (heads · head_dim, in) or (heads · head_dim,).
         heads: number of heads that the rows belong to.
+        source: the file, for messages.
     """
     if not isinstance(heads, int) or heads < 1 or weight.shape[0] % (2 * heads):
-        raise ConfigError(f"{weight.shape[0]} rows do not make {heads!r} heads", where="GGUF")
+        raise ConfigError(f"{weight.shape[0]} rows do not make {heads!r} heads", where=source)
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
@@ -126,7 +130,7 @@ def _config(file: GGUFFile) -> dict[str, object]:
     config: dict[str, object] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     for ours, theirs in NUMBERS.items():
         if f"llama.{theirs}" in metadata:
-            config[ours] = metadata[f"llama.{theirs}"]
+            config[ours] = _scalar(file, f"llama.{theirs}")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is not None:
         config["vocab_size"] = embedding.shape[0]
@@ -134,18 +138,26 @@ def _config(file: GGUFFile) -> dict[str, object]:
     config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     for name in ("bos_token_id", "eos_token_id"):
         if f"tokenizer.ggml.{name}" in metadata:
-            config[name] = metadata[f"tokenizer.ggml.{name}"]
-    rotated = metadata.get("llama.rope.dimension_count")
+            config[name] = _scalar(file, f"tokenizer.ggml.{name}")
+    rotated = _scalar(file, "llama.rope.dimension_count")
     if rotated is not None and config.setdefault("head_dim", rotated) != rotated:
         raise ConfigError(f"rotates only {rotated} features of each head", where=file.path)
     scaling = _rope_scaling(file, config)
     return {**config, "rope_scaling": scaling} if scaling else config
 
 
+def _scalar(file: GGUFFile, key: str) -> object:
+    """A number or a short string of the metadata; None where it is absent."""
+    value = file.metadata.get(key)
+    if isinstance(value, list) or (isinstance(value, str) and len(value) > MAX_WORD):
+        raise ConfigError(f"{key} must be one number or word", where=file.path)
+    return value
+
+
 def _rope_scaling(file: GGUFFile, config: Mapping[str, object]) -> dict[str, object] | None:
-    kind = file.metadata.get("llama.rope.scaling.type")
+    kind = _scalar(file, "llama.rope.scaling.type")
     if kind not in (None, "none"):
-        return {"rope_type": kind, "factor": file.metadata.get("llama.rope.scaling.factor")}
+        return {"rope_type": kind, "factor": _scalar(file, "llama.rope.scaling.factor")}
     if ROPE_FACTORS not in file.tensors:
         return None
     # llama.cpp stores the stretch of each wavelength; recover the rule that it came from.

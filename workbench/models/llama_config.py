@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +17,18 @@ REQUIRED = (
     "vocab_size",
     "rms_norm_eps",
 )
+LARGEST = {  # beyond reason, and beyond what a process survives
+    "hidden_size": 1 << 20,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "intermediate_size": 1 << 24,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 2**31 - 1,
+    "rms_norm_eps": 1,
+}
+LARGEST_ROPE_THETA = 1e15
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ class LlamaConfig:
                 where="config.json",
                 cure="Take the config.json that was published with these weights.",
             )
-        for key in (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        for key in LARGEST:
             _check_positive(config, key)
         return cls(**_dimensions(config), **_rope(config), **_switches(config)).checked()
 
@@ -64,6 +76,11 @@ class LlamaConfig:
                 f"{self.num_attention_heads} query heads cannot share "
                 f"{self.num_key_value_heads} key/value heads evenly",
                 where="config.json: num_key_value_heads",
+            )
+        if self.num_attention_heads * self.head_dim > LARGEST["intermediate_size"]:
+            raise ConfigError(
+                f"{self.num_attention_heads} heads of {self.head_dim} features are beyond reason",
+                where="config.json: head_dim",
             )
         if self.head_dim % 2:
             raise ConfigError("head_dim must be even, for RoPE's pairs", where="config.json")
@@ -76,8 +93,12 @@ def _check_positive(config: Mapping[str, object], key: str) -> None:
     if value is None and key not in REQUIRED:
         return
     wanted = float if key == "rms_norm_eps" else int
-    if isinstance(value, bool) or not isinstance(value, (int, wanted)) or not 0 < value < math.inf:
-        raise ConfigError(f"{key} must be a positive number, got {value!r}", where="config.json")
+    is_number = isinstance(value, (int, wanted)) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= LARGEST[key]:
+        raise ConfigError(
+            f"{key} must be a positive number up to {LARGEST[key]}, got {reprlib.repr(value)}",
+            where="config.json",
+        )
 
 
 def _dimensions(config: Mapping[str, object]) -> dict[str, object]:
@@ -102,9 +123,13 @@ def _rope(config: Mapping[str, object]) -> dict[str, object]:
     if not isinstance(parameters, Mapping) or not isinstance(scaling, Mapping):
         raise ConfigError("must be an object", where="config.json: rope_scaling")
     theta = parameters.get("rope_theta", config.get("rope_theta", 10_000.0))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < math.inf:
+    if (
+        isinstance(theta, bool)
+        or not isinstance(theta, int | float)
+        or not 1 < theta <= LARGEST_ROPE_THETA
+    ):
         raise ConfigError(
-            f"rope_theta must be a number above 1, got {theta!r}", where="config.json"
+            f"rope_theta must be a number above 1, got {reprlib.repr(theta)}", where="config.json"
         )
     return {
         "rope_theta": float(theta),

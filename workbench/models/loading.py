@@ -13,11 +13,19 @@ from mlx.utils import tree_flatten
 from transformers import PreTrainedTokenizerBase
 
 from workbench.backend import default_dtype, on_gpu
-from workbench.errors import ConfigError, FileFormatError, SourceError
+from workbench.errors import ConfigError, FileFormatError, WeightsError
+from workbench.machine import machine_memory
 from workbench.models import gguf_llama
-from workbench.models.files import read_json, read_safetensors, read_weights, write_safetensors
+from workbench.models.files import (
+    read_safetensors,
+    read_weights,
+    weight_files,
+    write_safetensors,
+)
 from workbench.models.llama import Llama
 from workbench.models.llama_config import LlamaConfig
+from workbench.models.model_config import check_end_tokens, read_config
+from workbench.models.quantisation import dequantise, quantise_like_file
 from workbench.models.report import LoadReport, compare
 from workbench.models.sources import find_model
 from workbench.models.tokenizers import check_tokenizer, gguf_tokenizer, load_tokenizer
@@ -43,7 +51,7 @@ class BaseModel:
         """Ids that end a generated answer: the config's and the tokenizer's."""
         ids = self.raw_config.get("eos_token_id")
         listed = ids if isinstance(ids, list) else [ids]
-        known = {*listed, self.tokenizer.eos_token_id}
+        known = (*listed, self.tokenizer.eos_token_id)
         return frozenset(number for number in known if isinstance(number, int))
 
 
@@ -63,7 +71,8 @@ def load_model(
         source: built-in name (`smollm2-135m`), folder, .gguf file, or Hugging Face hub id.
         dtype: of the floating-point weights; default float32 on a CPU, the file's own elsewhere.
         tokenizer: a folder with another tokenizer than the model's own.
-        strict: raise unless every parameter is filled and nothing is left over.
+        strict: raise unless every parameter is filled, with finite numbers, and nothing is left
+            over.
 
     Raises:
         SourceError, FileFormatError, ConfigError, WeightsError, TokenizerError: each names the
@@ -78,14 +87,45 @@ def load_model(
     base.name = os.fspath(source)
     if strict:
         base.report.require_complete()
+    _require_room(base.model, path)
     mx.eval(base.model.parameters())
+    if strict:
+        _require_finite(base.model.parameters(), path)
     base.model.eval()
     return base
 
 
+def _require_finite(parameters: object, where: object) -> None:
+    named = tree_flatten(parameters)
+    # A sum is finite only if all its terms are: a quick look clears almost every tensor.
+    sums = [mx.isfinite(tensor.sum()) for _, tensor in named]
+    mx.eval(sums)
+    doubtful = [pair for pair, finite in zip(named, sums) if not finite.item()]
+    bad = [name for name, tensor in doubtful if not mx.isfinite(tensor).all().item()]
+    if bad:
+        raise WeightsError(
+            f"{len(bad)} tensors hold NaN or infinity: {', '.join(bad[:5])}",
+            where=where,
+            cure="Fetch them again; strict=False loads them all the same.",
+        )
+
+
+def _require_room(model: nn.Module, where: object) -> None:
+    """Refuse parameters beyond the machine's memory: MLX would end the process."""
+    needed = sum(parameter.nbytes for _, parameter in tree_flatten(model.parameters()))
+    memory = machine_memory()
+    if memory is not None and needed > memory.total_bytes:
+        raise ConfigError(
+            f"describes {needed:,} bytes of parameters; this machine has {memory.total_bytes:,}",
+            where=where,
+            cure="Load a smaller or quantised model.",
+        )
+
+
 def _load_gguf(path: Path, dtype: mx.Dtype | None, tokenizer: object) -> BaseModel:
     checkpoint = gguf_llama.read(path, dtype or mx.float16)
-    config = LlamaConfig.from_dict(checkpoint.config)
+    config = _llama_config(checkpoint.config, path)
+    check_end_tokens(checkpoint.config, path)
     words = load_tokenizer(tokenizer) if tokenizer else gguf_tokenizer(checkpoint.metadata, path)
     check_tokenizer(words, config.vocab_size, path)
     model = Llama(config)
@@ -99,30 +139,21 @@ def _load_gguf(path: Path, dtype: mx.Dtype | None, tokenizer: object) -> BaseMod
     return BaseModel(model, words, config, report, "", path, checkpoint.config)
 
 
+def _llama_config(raw_config: Mapping[str, object], file: Path) -> LlamaConfig:
+    try:
+        return LlamaConfig.from_dict(raw_config)
+    except ConfigError as error:
+        where = error.where.replace("config.json", str(file), 1)
+        raise ConfigError(error.what, where=where, cure=error.cure) from None
+
+
 def _load_folder(path: Path, dtype: mx.Dtype | None, tokenizer: object) -> BaseModel:
-    raw_config = _read_config(path)
+    raw_config = read_config(path)
     build = _build_llama if _is_ours(raw_config) else _build_with_mlx_lm
-    words = load_tokenizer(tokenizer or path)
     model, config, report = build(path, raw_config, dtype)
+    words = load_tokenizer(tokenizer or path)  # after it: transformers, too, reads config.json
     check_tokenizer(words, embedding_rows(model, config), path)
     return BaseModel(model, words, config, report, "", path, raw_config)
-
-
-def _read_config(path: Path) -> dict[str, object]:
-    if not (path / "config.json").is_file():
-        raise SourceError(
-            "holds no config.json",
-            where=path,
-            cure="Give a model folder: config.json, model*.safetensors, and the tokenizer's files.",
-        )
-    config = read_json(path / "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise ConfigError("missing model_type", where=path / "config.json")
-    generation = path / "generation_config.json"
-    if generation.is_file():
-        ids = read_json(generation).get("eos_token_id")
-        config = {**config, "eos_token_id": ids if ids is not None else config.get("eos_token_id")}
-    return config
 
 
 def _is_ours(config: Mapping[str, object]) -> bool:
@@ -134,15 +165,15 @@ def _is_ours(config: Mapping[str, object]) -> bool:
 def _build_llama(
     path: Path, raw_config: dict[str, object], dtype: mx.Dtype | None
 ) -> tuple[nn.Module, LlamaConfig, LoadReport]:
-    config = LlamaConfig.from_dict(raw_config)
+    config = _llama_config(raw_config, path / "config.json")
     weights = read_weights(path)
     file_dtypes = {name: str(w.dtype).removeprefix("mlx.core.") for name, w in weights.items()}
     model, notes = Llama(config), []
     quantization = raw_config.get("quantization")
     if isinstance(quantization, dict) and on_gpu():
-        _quantise_like_file(model, quantization, weights)
+        quantise_like_file(model, quantization, weights)
     elif isinstance(quantization, dict):
-        weights = _dequantise(weights, quantization)
+        weights = dequantise(weights, quantization)
         notes.append("dequantised: on a CPU, float32 products are the fast ones")
     weights = {name: cast(tensor, dtype) for name, tensor in weights.items()}
     report = fill(model, weights, source=str(path), file_dtypes=file_dtypes, notes=notes)
@@ -154,46 +185,6 @@ def cast(tensor: mx.array, dtype: mx.Dtype | None) -> mx.array:
     if dtype is None or not mx.issubdtype(tensor.dtype, mx.floating):
         return tensor
     return tensor.astype(dtype)
-
-
-def _settings(quantization: Mapping[str, object], path: str) -> dict[str, object]:
-    own = quantization.get(path)
-    settings = {**quantization, **own} if isinstance(own, dict) else quantization
-    try:
-        wanted = {"group_size": int(settings["group_size"]), "bits": int(settings["bits"])}
-    except (KeyError, TypeError, ValueError):
-        raise ConfigError(
-            "needs the numbers group_size and bits", where="config.json: quantization"
-        ) from None
-    return {**wanted, "mode": str(settings.get("mode", "affine"))}
-
-
-def _quantise_like_file(
-    model: nn.Module, quantization: Mapping[str, object], weights: Mapping[str, mx.array]
-) -> None:
-    def settings_for(path: str, module: nn.Module) -> bool | dict[str, object]:
-        quantised = hasattr(module, "to_quantized") and f"{path}.scales" in weights
-        return _settings(quantization, path) if quantised else False
-
-    nn.quantize(model, class_predicate=settings_for)
-
-
-def _dequantise(
-    weights: Mapping[str, mx.array], quantization: Mapping[str, object]
-) -> dict[str, mx.array]:
-    plain = {}
-    for name, tensor in weights.items():
-        path, _, kind = name.rpartition(".")
-        if f"{path}.scales" not in weights or kind == "bias":
-            plain[name] = tensor
-        elif kind == "weight":
-            scales, biases = weights[f"{path}.scales"], weights.get(f"{path}.biases")
-            settings = _settings(quantization, path)
-            try:
-                plain[name] = mx.dequantize(tensor, scales, biases, **settings)
-            except ValueError as error:
-                raise FileFormatError(f"cannot be dequantised ({error})", where=name) from None
-    return plain
 
 
 def fill(
@@ -233,6 +224,9 @@ def _build_with_mlx_lm(
     from mlx_lm import utils
 
     weights = read_weights(path)  # validated before mlx-lm reads the same files
+    unlisted = sorted(set(path.glob("model*.safetensors")) - weight_files(path).keys())
+    if unlisted:
+        raise FileFormatError("is not listed in the index", where=unlisted[0])
     file_dtypes = {name: str(w.dtype).removeprefix("mlx.core.") for name, w in weights.items()}
     handed: dict[str, mx.array] = {}
 
@@ -249,9 +243,10 @@ def _build_with_mlx_lm(
 
     try:
         model, _ = utils.load_model(path, lazy=True, strict=False, get_model_classes=classes)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever an architecture makes of a configuration
+        reason = repr(str(error)[:300])[1:-1]
         raise ConfigError(
-            f"mlx-lm cannot build a {raw_config['model_type']!r} model ({error})", where=path
+            f"mlx-lm cannot build a {raw_config['model_type']!r} model ({reason})", where=path
         ) from None
     del model.load_weights
     converted = {name: cast(tensor, dtype) for name, tensor in handed.items()}
@@ -278,14 +273,15 @@ def load_weights(model: nn.Module, path: str | os.PathLike, *, strict: bool = Tr
 
     Raises:
         FileFormatError: the file is malformed.
-        WeightsError: strict, and a tensor is missing, unexpected, misshapen or of another dtype;
-            the network is then left as it was.
+        WeightsError: strict, and a tensor is missing, unexpected, misshapen, of another dtype or
+            not finite; the network is then left as it was.
     """
     weights = read_safetensors(path)
     expected = dict(tree_flatten(model.parameters()))
     report = compare(expected, weights, source=str(path), same_dtype=True)
     if strict:
         report.require_complete()
+        _require_finite(weights, path)
     model.load_weights([(name, weights[name]) for name in report.loaded], strict=False)
     mx.eval(model.parameters())
     return report

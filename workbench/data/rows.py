@@ -1,0 +1,77 @@
+"""Lines of a JSONL file become rows; whatever is wrong is named by file and line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from workbench.errors import DataError
+from workbench.models.regular_files import open_regular, parse_json
+
+MAX_LINE_BYTES = 16_000_000  # a row of a million tokens has four
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_rows(
+    path: str | Path, *, inside: str | Path | None = None
+) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield (place, row) for each line of a JSONL file; blank lines are passed over.
+
+    Args:
+        path: the file.
+        inside: the folder that links may not lead out of; None follows them anywhere.
+
+    Raises:
+        DataError: the file cannot be read, is no regular file, is empty, or a line is too long or
+            not a JSON object in UTF-8; names the line.
+    """
+    path, found = Path(path), False
+    with open_regular(path, inside=inside, kind=DataError) as lines:
+        try:
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), 1):
+                if line.strip():
+                    found = True
+                    yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+        except OSError as error:
+            raise DataError(f"cannot be read ({error.strerror})", where=path) from None
+    if not found:
+        raise DataError("holds no rows", where=path, cure="Write one JSON object a line.")
+
+
+def _parse(line: bytes, where: str) -> dict[str, object]:
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(
+            f"is longer than {MAX_LINE_BYTES} bytes", where=where, cure="Split it into rows."
+        )
+    try:
+        row = parse_json(line.removeprefix(BYTE_ORDER_MARK), constants=False)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"is not UTF-8 (byte {error.start} of the line)",
+            where=where,
+            cure="Save the file as UTF-8.",
+        ) from None
+    except ValueError as error:
+        raise DataError(f"is not valid JSON ({error})", where=where) from None
+    if not isinstance(row, dict):
+        raise DataError(f"must be a JSON object, got {type(row).__name__}", where=where)
+    return row
+
+
+def text_of(row: Mapping[str, object], key: str, where: str) -> str:
+    """A text of a row; raises DataError unless it is a string that UTF-8 can hold."""
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise DataError(f"{key!r} must be a string, got {type(value).__name__}", where=where)
+    if not can_be_encoded(value):
+        raise DataError(f"{key!r} holds half of a surrogate pair", where=where)
+    return value
+
+
+def can_be_encoded(text: str) -> bool:
+    """Whether UTF-8 can hold the text: half of a surrogate pair it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
