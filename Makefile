@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-long test-browser lab notebooks lint clean
+.PHONY: quickstart test test-long test-browser faults lab notebooks lint clean
 
 quickstart: $(INSTALLED)  ## fine-tune a real model, and show the result
 	$(BIN)/python -m workbench.runs.notebooks notebooks/00_quickstart.ipynb --out build --echo -p verbose True
@@ -20,6 +20,9 @@ test-long: $(INSTALLED)  ## every kill and disk fault; the notebooks again, comp
 
 test-browser: $(INSTALLED)  ## the live panel in JupyterLab and Chromium, if there is one
 	$(BIN)/python -m pytest -m browser -rs
+
+faults: $(INSTALLED)  ## what kills, full disks, hostile files and bad numbers did: a table
+	$(BIN)/python -m pytest -m "not browser" tests/faults tests/test_resume.py tests/test_bad_steps.py tests/test_interrupts.py
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=.

@@ -8,8 +8,8 @@ import pytest
 
 import workbench as wb
 from tests.toy import toy_model
+from workbench.numerics import not_finite
 from workbench.probes.memory import read_memory
-from workbench.probes.numerics import not_finite
 from workbench.probes.parameters import changed, fingerprint
 
 SIZE = 40_000_000  # bytes

@@ -16,7 +16,7 @@ from workbench.models.files import read_json, read_safetensors, write_json, writ
 from workbench.models.loading import BaseModel
 from workbench.models.report import compare
 from workbench.models.structure import find_layers
-from workbench.probes.numerics import not_finite
+from workbench.numerics import not_finite
 from workbench.tuning.lora import (
     ALL_LINEAR,
     Adapter,

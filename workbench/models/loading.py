@@ -29,6 +29,7 @@ from workbench.models.quantisation import dequantise, quantise_like_file
 from workbench.models.report import LoadReport, compare
 from workbench.models.sources import find_model
 from workbench.models.tokenizers import check_tokenizer, gguf_tokenizer, load_tokenizer
+from workbench.numerics import not_finite
 
 EMBEDDING = "model.embed_tokens.weight"
 OUR_TYPES = ("llama", "mistral")  # model_type of the checkpoints that become our Llama
@@ -96,12 +97,7 @@ def load_model(
 
 
 def _require_finite(parameters: object, where: object) -> None:
-    named = tree_flatten(parameters)
-    # A sum is finite only if all its terms are: a quick look clears almost every tensor.
-    sums = [mx.isfinite(tensor.sum()) for _, tensor in named]
-    mx.eval(sums)
-    doubtful = [pair for pair, finite in zip(named, sums) if not finite.item()]
-    bad = [name for name, tensor in doubtful if not mx.isfinite(tensor).all().item()]
+    bad = not_finite(parameters)
     if bad:
         raise WeightsError(
             f"{len(bad)} tensors hold NaN or infinity: {', '.join(bad[:5])}",

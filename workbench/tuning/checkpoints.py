@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from workbench.errors import FileFormatError, RunError, TrainingError, WeightsError
 from workbench.models.files import read_json, read_safetensors
-from workbench.probes.numerics import not_finite
+from workbench.numerics import not_finite
 from workbench.runs.commits import commit_folder, discard_folder, recover_folders, verify_folder
 
 FOLDER = "checkpoints"  # within a run's folder

@@ -10,7 +10,7 @@ import mlx.core as mx
 from workbench.data.datasets import Dataset
 from workbench.errors import DataError, NotFiniteError
 from workbench.models.loading import BaseModel, embedding_rows
-from workbench.probes.numerics import not_finite
+from workbench.numerics import not_finite
 
 NAMED_IN_ERROR = 5  # bad gradients that an error lists
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 
 from workbench.data.batches import Batch
 from workbench.errors import TrainingError
-from workbench.probes.numerics import not_finite
+from workbench.numerics import not_finite
 from workbench.tuning.losses import LossFunction
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
+from workbench.numerics import not_finite
 from workbench.probes.findings import Finding, failed, not_applicable, passed
 from workbench.probes.model_checks.subject import CallFailedError, Subject
-from workbench.probes.numerics import not_finite
 
 NAMED = 3  # parameters that a finding lists
 

@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from workbench.numerics import not_finite
 from workbench.probes.findings import Finding, failed, not_applicable, passed
-from workbench.probes.numerics import not_finite
 from workbench.probes.training_checks.subject import (
     Rows,
     Training,
