@@ -75,11 +75,19 @@ def test_kills_at_boundaries(undisturbed, tmp_path):
 
 @pytest.mark.long
 def test_kills_at_random_moments(undisturbed, tmp_path):
-    random = np.random.default_rng(0)
-    for number, seconds in enumerate(random.uniform(0.05, 0.8, AT_MOMENTS)):
+    random, killed = np.random.default_rng(0), 0
+    for number in range(20 * AT_MOMENTS):
         run_dir, results = tmp_path / f"{number}", tmp_path / f"{number}-results"
-        forked(partial(train, run_dir), results, kill_after=seconds)
+        seconds = random.uniform(0.02, 0.25)  # about as long as the training takes
+        code = forked(partial(train, run_dir), results, kill_after=seconds)
+        if code == 0 or not run_dir.exists():
+            continue  # too late, or before it had begun: nothing was killed
+        assert code == -9
         assert_goes_on(run_dir, results, undisturbed[0])
+        killed += 1
+        if killed == AT_MOMENTS:
+            return
+    pytest.fail(f"only {killed} trainings were killed on the way")
 
 
 def test_kills_in_mid_step(undisturbed, tmp_path):
