@@ -25,6 +25,7 @@ from workbench.tuning.interrupts import DeferredInterrupt, orderly_exit
 from workbench.tuning.losses import LossFunction, default_loss, mean_loss
 from workbench.tuning.memory_watch import MemoryWatch
 from workbench.tuning.optimizers import make_optimizer
+from workbench.tuning.prefix import use_prefix
 from workbench.tuning.progress import SPIKE_WINDOW, Progress, is_spike
 from workbench.tuning.refusals import check_rows, require_finite
 from workbench.tuning.resuming import RunKeeper
@@ -86,14 +87,15 @@ class Trainer:
         self.guard = MemoryGuard(self.config.memory_limit_bytes)
         self.reports: list[StepReport] = []
         self.progress = Progress()
+        self.prefix = use_prefix(self, own_loss=loss_fn is not None)  # whether it is kept, and why
         self.stop_reason = ""  # why the loop ended early
         self._peak_rate = self.config.learning_rate
         self._peak_started = False
         self._memory = MemoryWatch()
         self.run: RunFolder | None = None
         if run_dir is not None:
-            config_on_disk = as_config(train=self.config, model=base.name, data=data.name)
-            self.run = RunFolder(run_dir, config_on_disk)
+            on_disk = {"model": base.name, "data": data.name, "prefix": str(self.prefix)}
+            self.run = RunFolder(run_dir, as_config(train=self.config, **on_disk))
             self._keeper = RunKeeper(self.run, allow_changes)
             self._keeper.resume(self)
 
