@@ -21,6 +21,7 @@ from workbench.errors import FallbackWarning
 from workbench.models.structure import module_at
 from workbench.probes.recording import intercepted
 from workbench.probes.training import check_training
+from workbench.tuning import prefix
 from workbench.tuning.config import TrainConfig
 from workbench.tuning.lora import LoRAConfig, add_lora
 from workbench.tuning.losses import default_loss, mean_loss, supervised_loss
@@ -127,6 +128,16 @@ def test_frozen_layers_run_once_a_row():
     cache = trainer.prefix.cache
     assert (cache.misses, cache.hits) == (len(RAGGED), 2 * len(RAGGED))
     assert cache.held_bytes == trainer.prefix.needed_bytes == 4 * 32 * sum(n - 1 for n in RAGGED)
+
+
+def test_weights_that_stay_are_hashed_once(monkeypatch):
+    hashed, own = [], prefix.digest
+    monkeypatch.setattr(prefix, "digest", lambda array: hashed.append(array.shape) or own(array))
+    trainer = trainer_of(toy()[0], data=toy_dataset(RAGGED, valid=[9, 14]), valid_every=2)
+    below = 1 + 2 * 9  # the embedding, and two layers of nine tensors
+    assert len(hashed) == below
+    list(trainer)
+    assert len(hashed) == below
 
 
 def test_kept_states_do_not_depend_on_the_batch_that_computed_them():

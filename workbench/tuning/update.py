@@ -26,13 +26,14 @@ def accumulate(
         batches: the micro-batches of one step.
         seed: of dropout.
     """
-    loss_and_grad = nn.value_and_grad(model, loss_fn)
+    # As an argument, the model would get a new Python object for every array at every call.
+    loss_and_grad = nn.value_and_grad(model, lambda batch: loss_fn(model, batch))
     mx.random.seed(seed)
     model.train()
     total, gradients = mx.array(0.0), None
     try:
         for batch in batches:
-            loss, new = loss_and_grad(model, batch)
+            loss, new = loss_and_grad(batch)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             total = total + loss
             mx.eval(total, gradients)
