@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from tests.toy import toy_base, toy_dataset, toy_examples
+from tests.toy import save_toy_folder, toy_base, toy_dataset, toy_examples
 from tests.toy_training import RAGGED, computed, state_of, trained
 from workbench.data.batches import collate
 from workbench.data.datasets import Dataset
-from workbench.errors import FallbackWarning
+from workbench.errors import ConfigError, FallbackWarning
+from workbench.models.loading import load_model
 from workbench.models.structure import module_at
 from workbench.probes.recording import intercepted
 from workbench.probes.training import check_training
@@ -166,6 +167,18 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     list(resumed)
     assert list(map(computed, resumed.reports)) == list(map(computed, whole.reports))
     assert state_of(resumed) == state_of(whole)
+
+
+def test_a_reloaded_run_keeps_its_states_and_is_the_same_to_the_bit(tmp_path):
+    folder = save_toy_folder(tmp_path / "model", num_hidden_layers=LAYERS)
+    runs = []
+    for settings in ({}, {"reload_every": 2, "run_dir": tmp_path / "run"}):
+        base = load_model(folder)
+        add_lora(base.model, LoRAConfig(rank=4, num_layers=1, dropout=0.2))
+        trainer = trainer_of(base, **settings)
+        losses = [report.loss for report in trainer]
+        runs.append((losses, state_of(trainer), trainer.prefix.cache.misses))
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -346,6 +359,14 @@ def test_left_open_it_is_used_where_it_pays():
     row = toy_examples([9])
     assert decided(data=Dataset("repeated", row * 6), epochs=1)
     assert not trainer_of(toy()[0], prefix_cache=False).prefix.used
+
+
+@pytest.mark.parametrize(
+    "setting", [{"prefix_cache": 1}, {"prefix_cache": "yes"}, {"prefix_cache_bytes": -1}]
+)
+def test_a_bad_setting_is_refused_by_name(setting):
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        TrainConfig(**setting)
 
 
 def test_the_run_says_whether_it_was_used(tmp_path):
