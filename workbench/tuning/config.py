@@ -64,6 +64,8 @@ class TrainConfig:
     reload_every: int = 0  # steps between two reloads of model and optimizer; 0: never
     reload_above_bytes: int = 0  # process memory that brings a reload about; 0: none does
     seed: int = 0  # of the order and of dropout
+    grad_checkpoint: bool = False  # keep each layer's input only, and compute the layer again
+    fused_loss: bool = False  # logits of 128 supervised positions at a time
 
     def __post_init__(self):
         for name, smallest in WHOLE_NUMBERS.items():
@@ -72,6 +74,9 @@ class TrainConfig:
                 check_whole(name, value, smallest)
         for name, smallest in NUMBERS.items():
             check_number(name, getattr(self, name), smallest)
+        for name in ("grad_checkpoint", "fused_loss"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.schedule not in SCHEDULES:
             raise ConfigError(
                 f"unknown schedule {self.schedule!r}", cure=f"Use one of {SCHEDULES}."
