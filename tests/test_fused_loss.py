@@ -153,14 +153,17 @@ def test_a_batch_without_targets_is_zero():
 
 
 def test_what_follows_the_loss_reaches_the_gradients():
+    def followed(loss_fn):
+        def loss(model, batch):
+            return 3 * loss_fn(model, batch) + mx.square(model.model.norm.weight).sum()
+
+        return loss
+
     model = toy_model()
-
-    def tripled(model, batch):
-        return 3 * fused_loss(model, batch)
-
-    loss, gradients = value_and_gradients(fused_loss, model, RAGGED)
-    expected = 3 * loss, {name: 3 * gradient for name, gradient in gradients.items()}
-    assert_close(value_and_gradients(tripled, model, RAGGED), expected)
+    found, expected = (
+        value_and_gradients(followed(form), model, RAGGED) for form in (fused_loss, supervised_loss)
+    )
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
@@ -170,7 +173,7 @@ def test_half_precision_is_no_further_off_than_the_plain_form(dtype):
     model.set_dtype(dtype)
     found = value_and_gradients(fused_loss, model, RAGGED)
     plain = value_and_gradients(supervised_loss, model, RAGGED)
-    assert found[0] == pytest.approx(plain[0], rel=1e-3)
+    assert found[0] == pytest.approx(plain[0], rel=1e-6)  # a float32 sum in both
     for name, gradient in exact[1].items():
         errors = [mx.linalg.norm((form[1][name] - gradient).flatten()) for form in (found, plain)]
         assert found[1][name].dtype == dtype
@@ -205,19 +208,21 @@ def test_peak_memory_is_lower_and_hardly_grows_with_the_positions(gradients):
     model.freeze()
     model.layers[0].unfreeze()
     whole = 128 * WIDE["vocab_size"] * 4  # bytes of one chunk's logits
-    fused, plain = (peak(model, form, 6, gradients) for form in (fused_loss, supervised_loss))
-    assert plain > 6 * whole
-    assert fused < 0.6 * plain
-    assert fused - peak(model, fused_loss, 3, gradients) < whole  # chunks do not run ahead
+    fused, plain = (peak(model, form, 8, gradients) for form in (fused_loss, supervised_loss))
+    assert plain > 8 * whole
+    assert fused < 0.5 * plain
+    assert fused - peak(model, fused_loss, 4, gradients) < whole  # chunks do not run ahead
 
 
-def test_the_model_is_left_as_it_was():
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(training):
     model = adapted_head()
+    model.train(training)
     before = dict(tree_flatten(model.parameters()))
-    value_and_gradients(fused_loss, model, RAGGED)
+    mx.eval(fused_loss(model, RAGGED))
     after = dict(tree_flatten(model.parameters()))
     assert after.keys() == before.keys()
-    assert all(mx.array_equal(after[name], before[name]) for name in before)
+    assert all(after[name] is before[name] for name in before)
 
 
 def test_validation_is_the_plain_forms():

@@ -23,7 +23,8 @@ def fused_cross_entropy(model: nn.Module, hidden_states: mx.array, targets: mx.a
     """Sum of cross-entropy of `model.head(hidden_states)`, with 128 positions at a time.
 
     Any head that treats positions one by one: tied, quantised, adapted, frozen or trained. What
-    trains outside the decoder layers is taken to be part of it, and gets its gradient here too.
+    trains outside the decoder layers is taken to be part of it, and gets its gradient here too:
+    for an embedding that is not tied, that is a matrix of zeros.
     In evaluation mode the chunks are taken one after the other without their gradients; asked for
     them all the same, it keeps the logits. First derivatives only.
 
@@ -35,7 +36,6 @@ def fused_cross_entropy(model: nn.Module, hidden_states: mx.array, targets: mx.a
     Returns:
         A float32 scalar.
     """
-
     if not len(targets):
         return hidden_states.astype(mx.float32).sum()  # of nothing
     parameters = _head_parameters(model)
@@ -88,7 +88,7 @@ def _chunks(hidden_states: mx.array, targets: mx.array) -> list[tuple[mx.array, 
 
 
 def _after(part: mx.array, *results: object) -> mx.array:
-    # Nothing else holds MLX from computing the logits of several chunks before it uses them.
+    # Nothing else keeps MLX from computing the logits of all chunks before it uses them.
     (part,) = mx.depends([part], [array for _, array in tree_flatten(results)])
     return part
 
