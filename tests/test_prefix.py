@@ -141,6 +141,16 @@ def test_weights_that_stay_are_hashed_once(monkeypatch):
     assert len(hashed) == below
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_goes_together_with_the_switches_for_memory(kind):
+    for switches in ({"fused_loss": True}, {"grad_checkpoint": True}):
+        runs = []
+        for asked in (True, False):
+            trainer = trainer_of(toy(kind)[0], micro_batch_size=1, prefix_cache=asked, **switches)
+            runs.append([computed(trainer.step()) for _ in range(3)])
+        assert runs[0] == runs[1]
+
+
 def test_kept_states_do_not_depend_on_the_batch_that_computed_them():
     base, first = toy()
     examples, orders = toy_examples(RAGGED), ([[0, 1, 2], [3, 4]], [[1, 4], [3, 0], [2]])

@@ -87,6 +87,17 @@ def test_what_is_measured_are_the_steps_that_would_be_made():
     assert profile.steps == 2
 
 
+@pytest.mark.parametrize("switch", ["fused_loss", "grad_checkpoint"])
+def test_the_switches_for_memory_are_measured_as_they_train(switch, monkeypatch):
+    settings = {**SETTINGS, switch: True}
+    trainer, seen = toy_trainer(**settings), []
+    own = profiling.accumulate
+    monkeypatch.setattr(profiling, "accumulate", lambda *a: seen.append(a[4]) or own(*a))
+    profile = profile_step(trainer, steps=1)
+    assert profile.losses == (toy_trainer(**settings).step().loss,)
+    assert set(seen) == {switch == "grad_checkpoint"}
+
+
 def test_phases_share_the_time_that_passed():
     trainer = toy_trainer(valid=[9, 12], valid_every=2, epochs=4)
     started = time.perf_counter()

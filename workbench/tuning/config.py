@@ -67,6 +67,8 @@ class TrainConfig:
     prefix_cache: bool | None = None  # keep what leaves the frozen layers; None: where it pays
     prefix_cache_bytes: int = 1_000_000_000  # that may be kept of it
     seed: int = 0  # of the order and of dropout
+    grad_checkpoint: bool = False  # keep each layer's input only, and compute the layer again
+    fused_loss: bool = False  # logits of 128 supervised positions at a time
 
     def __post_init__(self):
         for name, smallest in WHOLE_NUMBERS.items():
@@ -75,6 +77,9 @@ class TrainConfig:
                 check_whole(name, value, smallest)
         for name, smallest in NUMBERS.items():
             check_number(name, getattr(self, name), smallest)
+        for name in ("grad_checkpoint", "fused_loss"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.schedule not in SCHEDULES:
             raise ConfigError(
                 f"unknown schedule {self.schedule!r}", cure=f"Use one of {SCHEDULES}."

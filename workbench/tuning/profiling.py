@@ -219,7 +219,8 @@ def _timed_step(trainer: Trainer, step: int) -> tuple[_Stopwatch, list[Batch], f
     num_tokens = sum(batch.num_tokens for batch in batches)
     watch.lap("data")
     loss_fn, seed = watch.listening(trainer.loss_fn), step_seed(config.seed, step)
-    loss_sum, gradients = accumulate(trainer.model, loss_fn, batches, seed)
+    again = config.grad_checkpoint
+    loss_sum, gradients = accumulate(trainer.model, loss_fn, batches, seed, again)
     watch.lap("backward")
     loss = loss_sum / num_tokens
     gradients = tree_map(lambda g: g / num_tokens, gradients)

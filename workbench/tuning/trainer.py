@@ -22,7 +22,7 @@ from workbench.runs.store import RunFolder, as_config
 from workbench.tuning.config import StepReport, TrainConfig
 from workbench.tuning.gradients import clip_by_global_norm
 from workbench.tuning.interrupts import DeferredInterrupt, orderly_exit
-from workbench.tuning.losses import LossFunction, default_loss, mean_loss
+from workbench.tuning.losses import LossFunction, chosen_loss, mean_loss
 from workbench.tuning.memory_watch import MemoryWatch
 from workbench.tuning.optimizers import make_optimizer
 from workbench.tuning.prefix import use_prefix
@@ -83,7 +83,7 @@ class Trainer:
         self.total_steps = self.config.steps or self.config.epochs * self.plan.steps_per_epoch
         self.optimizer = make_optimizer(self.config)
         self.optimizer.init(self.model.trainable_parameters())
-        self.loss_fn = loss_fn or default_loss(self.model)
+        self.loss_fn = chosen_loss(self.model, loss_fn, self.config.fused_loss)
         self.guard = MemoryGuard(self.config.memory_limit_bytes)
         self.reports: list[StepReport] = []
         self.progress = Progress()
@@ -253,8 +253,8 @@ class Trainer:
         started, step = time.perf_counter(), self.steps_done
         batches = [collate(self.data.train, rows) for rows in self.plan.micro_batches(step)]
         num_tokens = sum(batch.num_tokens for batch in batches)
-        seed = step_seed(self.config.seed, step)  # from (seed, step) alone
-        loss_sum, gradients = accumulate(self.model, self.loss_fn, batches, seed)
+        seed, again = step_seed(self.config.seed, step), self.config.grad_checkpoint
+        loss_sum, gradients = accumulate(self.model, self.loss_fn, batches, seed, again)
         loss = loss_sum / num_tokens
         gradients = tree_map(lambda g: g / num_tokens, gradients)
         clipped, norm = clip_by_global_norm(gradients, self.config.max_grad_norm)
