@@ -3,6 +3,10 @@
 While they are frozen, what leaves them for a row is the same at every step. Each row is computed
 alone and without padding: causal attention makes it independent of the rows beside it, so it does
 not matter which batch came first, nor where a run was resumed.
+
+Loss and gradients of a single row are those of the plain path to the bit. In a larger batch the
+BLAS may add up a product of another height in another order: the tests hold the loss within 1e-6
+and each gradient within 1e-5 of its largest element. States are held in memory only.
 """
 
 from __future__ import annotations
