@@ -19,21 +19,18 @@ import pandas as pd
 from mlx.utils import tree_flatten
 
 from tests.toy import TOY_CONFIG, toy_base
-from workbench.data.batches import Batch
 from workbench.data.datasets import Dataset
 from workbench.data.examples import Example
-from workbench.models.llama import DecoderLayer
 from workbench.models.loading import BaseModel, load_model
 from workbench.probes.planner import plan_memory
 from workbench.probes.planning.machine import Machine
-from workbench.probes.planning.network import CHUNK
 from workbench.probes.planning.plan import MemoryPlan
 from workbench.tuning.config import TrainConfig
 from workbench.tuning.lora import LoRAConfig, add_lora, remove_lora
-from workbench.tuning.losses import next_token_pairs
 from workbench.tuning.trainer import Trainer
 
 REAL = "smollm2-135m"
+TRAINING = ("grad_accum_steps", "grad_checkpoint", "fused_loss")  # settings of TrainConfig
 STEPS = 2  # the optimizer's state is there from the second step on
 MACHINE = Machine("a CPU", 10**12)
 MEGA = 1e6
@@ -179,15 +176,16 @@ def planned_for(case: Case, base: BaseModel) -> MemoryPlan:
 def measure_peak(case: Case, base: BaseModel) -> int:
     """Largest number of bytes in arrays over two updates, without what others hold."""
     with _prepared(case, base):
-        accumulated = case.settings.get("grad_accum_steps", 1)
-        config = TrainConfig(steps=STEPS, micro_batch_size=case.rows, grad_accum_steps=accumulated)
-        data = Dataset("random", _examples(case, base, STEPS * accumulated * case.rows), [])
+        settings = {name: case.settings[name] for name in TRAINING if name in case.settings}
+        config = TrainConfig(steps=STEPS, micro_batch_size=case.rows, **settings)
+        data = Dataset(
+            "random", _examples(case, base, STEPS * config.grad_accum_steps * case.rows), []
+        )
         gc.collect()
         mx.clear_cache()
         own = sum(array.nbytes for _, array in tree_flatten(base.model.parameters()))
         others = mx.get_active_memory() - own
-        loss = fused_loss if case.settings.get("fused_loss") else None
-        *_, last = Trainer(base, data, config, loss_fn=loss)
+        *_, last = Trainer(base, data, config)
         return last.peak_bytes - others
 
 
@@ -219,48 +217,8 @@ def _prepared(case: Case, base: BaseModel) -> Iterator[None]:
         model.freeze()
         model.model.norm.unfreeze()
         (model.model.embed_tokens if "lm_head" not in model else model.lm_head).unfreeze()
-    if case.settings.get("grad_checkpoint"):
-        for layer in model.layers:
-            layer.__class__ = _Checkpointed
     try:
         yield
     finally:
-        for layer in model.layers:
-            if isinstance(layer, _Checkpointed):
-                layer.__class__ = DecoderLayer
         remove_lora(model)
         model.freeze()
-
-
-def fused_loss(model: nn.Module, batch: Batch) -> mx.array:
-    """Cross-entropy with the logits of 128 positions at a time, their gradient made beside them."""
-    inputs, targets, loss_mask = next_token_pairs(batch.tokens, batch.loss_mask)
-    hidden = model.backbone(mx.array(inputs))
-    supervised = np.flatnonzero(loss_mask)
-    targets = mx.array(targets.reshape(-1)[supervised])
-    hidden = model.model.norm(hidden.reshape(-1, hidden.shape[-1])[mx.array(supervised)])
-    weight = model.model.embed_tokens.weight if "lm_head" not in model else model.lm_head.weight
-
-    @mx.custom_function
-    def loss_and_slope(x: mx.array) -> tuple[mx.array, mx.array]:
-        losses, slopes = [], []
-        for start in range(0, x.shape[0], CHUNK):
-            part, wanted = x[start : start + CHUNK], targets[start : start + CHUNK]
-            logits = part @ weight.T
-            score = mx.take_along_axis(logits, wanted[:, None], axis=-1)
-            losses.append((mx.logsumexp(logits, axis=-1, keepdims=True) - score).sum())
-            slopes.append(mx.softmax(logits, axis=-1) @ weight - weight[wanted])
-        return sum(losses[1:], losses[0]), mx.concatenate(slopes)
-
-    @loss_and_slope.vjp
-    def backward(_: mx.array, flows: tuple, outputs: tuple) -> mx.array:
-        return flows[0] * outputs[1]
-
-    return loss_and_slope(hidden)[0]
-
-
-class _Checkpointed(DecoderLayer):
-    """Keeps its input only, and is computed again in the backward pass."""
-
-    def __call__(self, x: mx.array, mask: object, cache: object = None) -> mx.array:
-        return nn.utils.checkpoint(self, super().__call__)(x, mask, cache)

@@ -8,8 +8,7 @@ from workbench.errors import ConfigError, MemoryWarning
 from workbench.probes.guard import FINE, OVER, TIGHT, MemoryGuard
 from workbench.probes.memory import MemoryReading, read_memory, release_memory
 from workbench.runs.commits import verify_folder
-from workbench.tuning import memory_watch
-from workbench.tuning import trainer as trainer_module
+from workbench.tuning import memory_watch, reporting
 
 HUGE = 10**15
 
@@ -90,7 +89,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped():
 def with_readings(monkeypatch, after_steps, after_release):
     """Have the trainer read given figures: after its steps, and after releasing memory."""
     steps = iter(after_steps)
-    monkeypatch.setattr(trainer_module, "read_memory", lambda: next(steps))
+    monkeypatch.setattr(reporting, "read_memory", lambda: next(steps))
     monkeypatch.setattr(memory_watch, "read_memory", lambda: after_release)
 
 

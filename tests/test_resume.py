@@ -227,6 +227,21 @@ def test_limits_may_change_freely(tmp_path):
         toy_trainer(run_dir=tmp_path, epochs=3, cache_limit_bytes=0, checkpoint_every=7)
 
 
+def test_a_run_from_before_a_setting_was_known_had_its_default(tmp_path, monkeypatch):
+    known = identity._settings
+    unknown = {"fused_loss", "adam_betas"}
+    with monkeypatch.context() as older:
+        older.setattr(
+            identity,
+            "_settings",
+            lambda config: {k: v for k, v in known(config).items() if k not in unknown},
+        )
+        stopped_after(2, tmp_path, epochs=3)
+    assert toy_trainer(run_dir=tmp_path, epochs=3).steps_done == 2
+    with pytest.raises(RunError, match="fused_loss is True, was False"):
+        toy_trainer(run_dir=tmp_path, epochs=3, fused_loss=True)
+
+
 def test_another_environment_is_said_to_be_not_bit_for_bit(tmp_path, monkeypatch):
     stopped_after(2, tmp_path, epochs=3)
     monkeypatch.setattr(identity.mx, "__version__", "9.9")

@@ -16,6 +16,7 @@ from workbench.export.adapters import load_adapter, save_adapter
 from workbench.live.answers import accuracy_table, draw_accuracy
 from workbench.live.chart import TrainingChart
 from workbench.live.panel import LivePanel
+from workbench.live.profile import draw_profile
 from workbench.live.runs import show_run
 from workbench.models.loading import load_model, load_weights, save_weights
 from workbench.probes.alive import what_is_alive
@@ -31,6 +32,7 @@ from workbench.probes.training import check_training
 from workbench.runs.store import new_run, read_metrics
 from workbench.tuning.config import StepReport, TrainConfig
 from workbench.tuning.lora import LoRAConfig, adapter_disabled, add_lora, remove_lora
+from workbench.tuning.profiling import profile_step
 from workbench.tuning.trainer import Trainer
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "check_training",
     "describe_backend",
     "draw_accuracy",
+    "draw_profile",
     "find_leak",
     "fingerprint",
     "generate",
@@ -63,6 +66,7 @@ __all__ = [
     "memory_phase",
     "new_run",
     "plan_memory",
+    "profile_step",
     "read_memory",
     "read_metrics",
     "release_memory",

@@ -76,6 +76,10 @@ class ResumeWarning(UserWarning):
     """A run goes on, but not from its newest checkpoint, or not bit for bit."""
 
 
+class FallbackWarning(UserWarning):
+    """A faster or smaller form cannot be used here; the plain one is, with equal results."""
+
+
 def check_whole(name: str, value: object, smallest: int) -> None:
     """Raise ConfigError unless a setting is a whole number from `smallest`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < smallest:

@@ -74,10 +74,26 @@ class Llama(nn.Module):
             cache: one `KVCache` a layer, which is extended.
             padding: (B,) number of padding tokens on the left of each row.
         """
+        return self.run_layers(self.embed(tokens), cache, padding)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """What enters the first layer: tokens (B, T) → hidden_states (B, T, D)."""
+        return self.model.embed_tokens(tokens)
+
+    def run_layers(
+        self,
+        hidden_states: mx.array,
+        cache: list[KVCache] | None = None,
+        padding: mx.array | None = None,
+        *,
+        first: int = 0,
+        end: int | None = None,
+    ) -> mx.array:
+        """Layers [first : end]: hidden_states (B, T, D) that enter `first` → those that leave."""
         offset = cache[0].offset if cache else 0
-        mask = _attention_mask(tokens.shape[1], offset, padding)
-        hidden_states = self.model.embed_tokens(tokens)
-        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
+        mask = _attention_mask(hidden_states.shape[1], offset, padding)
+        caches = cache or [None] * len(self.layers)
+        for layer, layer_cache in list(zip(self.layers, caches))[first:end]:
             hidden_states = layer(hidden_states, mask, layer_cache)
         return hidden_states
 

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """sha256 of every parameter's dtype, shape and bytes, by name."""
-    return {name: _digest(array) for name, array in tree_flatten(model.parameters())}
+    return {name: digest(array) for name, array in tree_flatten(model.parameters())}
 
 
 def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
@@ -23,8 +23,9 @@ def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     )
 
 
-def _digest(array: mx.array) -> str:
-    digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+def digest(array: mx.array) -> str:
+    """sha256 of an array's dtype, shape and bytes."""
+    content = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
     flat = mx.contiguous(array.reshape(-1))  # NumPy has no bfloat16; a scalar has no other view
-    digest.update(memoryview(np.array(flat.view(mx.uint8))))
-    return digest.hexdigest()
+    content.update(memoryview(np.array(flat.view(mx.uint8))))
+    return content.hexdigest()

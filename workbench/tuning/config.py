@@ -25,6 +25,7 @@ WHOLE_NUMBERS = {  # field: smallest value
     "patience": 0,
     "reload_every": 0,
     "reload_above_bytes": 0,
+    "prefix_cache_bytes": 0,
     "seed": 0,
 }
 MAY_BE_NONE = ("steps", "cache_limit_bytes", "memory_limit_bytes")
@@ -63,7 +64,11 @@ class TrainConfig:
     patience: int = 0  # validations without improvement before the run stops; 0: never
     reload_every: int = 0  # steps between two reloads of model and optimizer; 0: never
     reload_above_bytes: int = 0  # process memory that brings a reload about; 0: none does
+    prefix_cache: bool | None = None  # keep what leaves the frozen layers; None: where it pays
+    prefix_cache_bytes: int = 1_000_000_000  # that may be kept of it
     seed: int = 0  # of the order and of dropout
+    grad_checkpoint: bool = False  # keep each layer's input only, and compute the layer again
+    fused_loss: bool = False  # logits of 128 supervised positions at a time
 
     def __post_init__(self):
         for name, smallest in WHOLE_NUMBERS.items():
@@ -72,12 +77,17 @@ class TrainConfig:
                 check_whole(name, value, smallest)
         for name, smallest in NUMBERS.items():
             check_number(name, getattr(self, name), smallest)
+        for name in ("grad_checkpoint", "fused_loss"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.schedule not in SCHEDULES:
             raise ConfigError(
                 f"unknown schedule {self.schedule!r}", cure=f"Use one of {SCHEDULES}."
             )
         if self.on_bad_step not in ("raise", "skip"):
             raise ConfigError(f"on_bad_step must be 'raise' or 'skip', got {self.on_bad_step!r}")
+        if not (self.prefix_cache is None or isinstance(self.prefix_cache, bool)):
+            raise ConfigError(f"prefix_cache must be True, False or None: {self.prefix_cache!r}")
         if not _are_betas(self.adam_betas):
             raise ConfigError(f"adam_betas must be two numbers in [0, 1), got {self.adam_betas!r}")
 

@@ -32,12 +32,11 @@ def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, 
 
     Hashing the frozen weights takes about a second for 500 MB.
     """
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
     trainable = tree_flatten(model.trainable_parameters())
     shapes = {name: [*array.shape, str(array.dtype)] for name, array in trainable}
     frozen = {name: digest for name, digest in fingerprint(model).items() if name not in shapes}
     return {
-        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()},
+        "settings": _settings(config),
         "training data": _hash_examples(data.train),
         "validation data": _hash_examples(data.valid),
         "base model": hashlib.sha256(repr(sorted(frozen.items())).encode()).hexdigest(),
@@ -46,7 +45,10 @@ def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, 
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """What is not the same, in words; settings one by one."""
+    """What is not the same, in words; settings one by one.
+
+    A setting that the older run does not know had its default.
+    """
     found = [
         f"the {name} is another" if name != "what trains" else "what trains is another"
         for name in now
@@ -54,11 +56,11 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list
     ]
     old = before.get("settings")
     old = old if isinstance(old, Mapping) else {}
-    found += [
-        f"{name} is {value!r}, was {old.get(name)!r}"
-        for name, value in now["settings"].items()
-        if name not in old or old[name] != value
-    ]
+    defaults = _settings(TrainConfig())
+    for name, value in now["settings"].items():
+        was = old.get(name, defaults.get(name))
+        if was != value:
+            found.append(f"{name} is {value!r}, was {was!r}")
     return found
 
 
@@ -70,6 +72,12 @@ def environment() -> dict[str, str]:
         "device": str(mx.default_device()),
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _settings(config: TrainConfig) -> dict[str, object]:
+    """Settings that numbers depend on, as JSON gives them back."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 def _hash_examples(examples: Sequence[Example]) -> str:

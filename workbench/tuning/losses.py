@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -10,6 +11,8 @@ import numpy as np
 
 from workbench.data.batches import Batch, collate
 from workbench.data.examples import Example
+from workbench.errors import FallbackWarning
+from workbench.tuning.fused_loss import fused_cross_entropy
 
 Array = mx.array | np.ndarray
 LossFunction = Callable[[nn.Module, Batch], mx.array]  # → sum over the supervised targets
@@ -50,18 +53,51 @@ def supervised_loss(model: nn.Module, batch: Batch) -> mx.array:
     For models that part into `backbone` and `head`; the head and the softmax over the vocabulary
     are a third of the work, and in a chat most positions are not supervised.
     """
-    inputs, targets, loss_mask = next_token_pairs(batch.tokens, batch.loss_mask)
-    hidden_states = model.backbone(mx.array(inputs))  # (B, T - 1, D)
-    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-    supervised = np.flatnonzero(loss_mask)
-    logits = model.head(flat[mx.array(supervised)])  # (supervised, V)
-    return cross_entropy(logits, mx.array(targets.reshape(-1)[supervised])).sum()
+    hidden_states, targets = _supervised(model, batch)
+    return cross_entropy(model.head(hidden_states), targets).sum()
 
 
-def default_loss(model: nn.Module) -> LossFunction:
-    """`supervised_loss` if the model parts into backbone and head, else `plain_loss`."""
+def fused_loss(model: nn.Module, batch: Batch) -> mx.array:
+    """The same sum again, with the logits of some supervised positions at a time.
+
+    Value and gradients are those of `supervised_loss` within 1e-4 relative: float32 sums are
+    taken in another order.
+    """
+    return fused_cross_entropy(model, *_supervised(model, batch))
+
+
+def default_loss(model: nn.Module, fused: bool = False) -> LossFunction:
+    """`supervised_loss` if the model parts into backbone and head, else `plain_loss`.
+
+    Args:
+        model: decides which forms there are.
+        fused: take `fused_loss`, which needs the two parts as well.
+
+    Warns:
+        FallbackWarning: the fused form is wanted, and the model has no such parts.
+    """
     parts = callable(getattr(model, "backbone", None)) and callable(getattr(model, "head", None))
-    return supervised_loss if parts else plain_loss
+    if parts:
+        return fused_loss if fused else supervised_loss
+    if fused:
+        text = f"a {type(model).__name__} does not part into backbone and head"
+        warnings.warn(f"no fused loss: {text}", FallbackWarning, stacklevel=2)
+    return plain_loss
+
+
+def chosen_loss(model: nn.Module, loss_fn: LossFunction | None, fused: bool) -> LossFunction:
+    """The caller's loss function, if there is one; else `default_loss`.
+
+    Warns:
+        FallbackWarning: the fused form is wanted, and cannot be had.
+    """
+    if loss_fn is None:
+        return default_loss(model, fused)
+    if fused:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        text = f"no fused loss: the loss function {name} was given, and is used as it is"
+        warnings.warn(text, FallbackWarning, stacklevel=3)
+    return loss_fn
 
 
 def mean_loss(
@@ -91,3 +127,12 @@ def mean_loss(
 def _logits(output) -> mx.array:
     # Some models return (logits, …).
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def _supervised(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
+    """Hidden states (N, D) at the N supervised positions, and their targets (N,)."""
+    inputs, targets, loss_mask = next_token_pairs(batch.tokens, batch.loss_mask)
+    hidden_states = model.backbone(mx.array(inputs))  # (B, T - 1, D)
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    supervised = np.flatnonzero(loss_mask)
+    return flat[mx.array(supervised)], mx.array(targets.reshape(-1)[supervised])

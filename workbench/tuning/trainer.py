@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlx.utils import tree_flatten, tree_map
 
-from workbench.data.batches import Batch, BatchPlan, collate
+from workbench.data.batches import BatchPlan, collate
 from workbench.data.datasets import Dataset
 from workbench.errors import ConfigError, NotFiniteError, RunError, TrainingError, check_number
 from workbench.models.loading import BaseModel
 from workbench.probes.guard import MemoryGuard
-from workbench.probes.memory import cache_limit, read_memory, reset_peak
+from workbench.probes.memory import cache_limit, reset_peak
 from workbench.runs.store import RunFolder, as_config
 from workbench.tuning.config import StepReport, TrainConfig
 from workbench.tuning.gradients import clip_by_global_norm
 from workbench.tuning.interrupts import DeferredInterrupt, orderly_exit
-from workbench.tuning.losses import LossFunction, default_loss, mean_loss
+from workbench.tuning.losses import LossFunction, chosen_loss, mean_loss
 from workbench.tuning.memory_watch import MemoryWatch
 from workbench.tuning.optimizers import make_optimizer
-from workbench.tuning.progress import SPIKE_WINDOW, Progress, is_spike
+from workbench.tuning.prefix import use_prefix
+from workbench.tuning.progress import Progress
 from workbench.tuning.refusals import check_rows, require_finite
+from workbench.tuning.reporting import make_report
 from workbench.tuning.resuming import RunKeeper
 from workbench.tuning.schedules import learning_rate_at
 from workbench.tuning.update import accumulate, apply_update, step_seed
@@ -82,18 +83,19 @@ class Trainer:
         self.total_steps = self.config.steps or self.config.epochs * self.plan.steps_per_epoch
         self.optimizer = make_optimizer(self.config)
         self.optimizer.init(self.model.trainable_parameters())
-        self.loss_fn = loss_fn or default_loss(self.model)
+        self.loss_fn = chosen_loss(self.model, loss_fn, self.config.fused_loss)
         self.guard = MemoryGuard(self.config.memory_limit_bytes)
         self.reports: list[StepReport] = []
         self.progress = Progress()
+        self.prefix = use_prefix(self, own_loss=loss_fn is not None)  # whether it is kept, and why
         self.stop_reason = ""  # why the loop ended early
         self._peak_rate = self.config.learning_rate
         self._peak_started = False
         self._memory = MemoryWatch()
         self.run: RunFolder | None = None
         if run_dir is not None:
-            config_on_disk = as_config(train=self.config, model=base.name, data=data.name)
-            self.run = RunFolder(run_dir, config_on_disk)
+            on_disk = {"model": base.name, "data": data.name, "prefix": str(self.prefix)}
+            self.run = RunFolder(run_dir, as_config(train=self.config, **on_disk))
             self._keeper = RunKeeper(self.run, allow_changes)
             self._keeper.resume(self)
 
@@ -251,8 +253,8 @@ class Trainer:
         started, step = time.perf_counter(), self.steps_done
         batches = [collate(self.data.train, rows) for rows in self.plan.micro_batches(step)]
         num_tokens = sum(batch.num_tokens for batch in batches)
-        seed = step_seed(self.config.seed, step)  # from (seed, step) alone
-        loss_sum, gradients = accumulate(self.model, self.loss_fn, batches, seed)
+        seed, again = step_seed(self.config.seed, step), self.config.grad_checkpoint
+        loss_sum, gradients = accumulate(self.model, self.loss_fn, batches, seed, again)
         loss = loss_sum / num_tokens
         gradients = tree_map(lambda g: g / num_tokens, gradients)
         clipped, norm = clip_by_global_norm(gradients, self.config.max_grad_norm)
@@ -264,35 +266,7 @@ class Trainer:
             if not skips or self.progress.bad_steps >= self.config.max_bad_steps:
                 raise
             self.progress.bad_steps += 1
-            return self._report(batches, loss.item(), norm.item(), started, skipped=True)
+            return make_report(self, batches, loss.item(), norm.item(), started, skipped=True)
         rate = self.learning_rate(step)
         apply_update(self.model, self.optimizer, clipped, loss, rate, step + 1)
-        return self._report(batches, loss.item(), norm.item(), started)
-
-    def _report(
-        self,
-        batches: Sequence[Batch],
-        loss: float,
-        norm: float,
-        started: float,
-        skipped: bool = False,
-    ) -> StepReport:
-        seconds, step = time.perf_counter() - started, self.steps_done
-        num_input_tokens = sum(batch.tokens[:, 1:].size for batch in batches)
-        recent = [report.loss for report in self.reports[-SPIKE_WINDOW:]]
-        return StepReport(
-            step=step + 1,
-            total_steps=self.total_steps,
-            epoch=step // self.plan.steps_per_epoch + 1,
-            loss=loss,
-            num_tokens=sum(batch.num_tokens for batch in batches),
-            num_input_tokens=num_input_tokens,
-            learning_rate=self.learning_rate(step),
-            grad_norm=norm,
-            clipped_grad_norm=min(norm, self.config.max_grad_norm or math.inf),
-            step_seconds=seconds,
-            tokens_per_second=num_input_tokens / seconds,
-            skipped=skipped,
-            spike=is_spike(loss, recent),
-            **dataclasses.asdict(read_memory()),
-        )
+        return make_report(self, batches, loss.item(), norm.item(), started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -11,12 +12,17 @@ from mlx.utils import tree_map
 
 from workbench.data.batches import Batch
 from workbench.errors import TrainingError
+from workbench.models.checkpointing import checkpointed_layers
 from workbench.numerics import not_finite
 from workbench.tuning.losses import LossFunction
 
 
 def accumulate(
-    model: nn.Module, loss_fn: LossFunction, batches: Sequence[Batch], seed: int
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batches: Sequence[Batch],
+    seed: int,
+    grad_checkpoint: bool = False,
 ) -> tuple[mx.array, dict]:
     """Sums of loss and gradients over micro-batches; each is evaluated before the next.
 
@@ -25,17 +31,21 @@ def accumulate(
         loss_fn: (model, batch) → sum of the loss over the batch's supervised targets.
         batches: the micro-batches of one step.
         seed: of dropout.
+        grad_checkpoint: keep each layer's input only, and compute the layer again.
     """
-    loss_and_grad = nn.value_and_grad(model, loss_fn)
+    layers = checkpointed_layers(model) if grad_checkpoint else contextlib.nullcontext()
+    # As an argument, the model would get a new Python object for every array at every call.
+    loss_and_grad = nn.value_and_grad(model, lambda batch: loss_fn(model, batch))
     mx.random.seed(seed)
     model.train()
     total, gradients = mx.array(0.0), None
     try:
-        for batch in batches:
-            loss, new = loss_and_grad(model, batch)
-            gradients = new if gradients is None else tree_map(mx.add, gradients, new)
-            total = total + loss
-            mx.eval(total, gradients)
+        with layers:
+            for batch in batches:
+                loss, new = loss_and_grad(batch)
+                gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+                total = total + loss
+                mx.eval(total, gradients)
     finally:
         model.eval()
     return total, gradients

@@ -70,7 +70,8 @@ class Network:
         if self.parameters.model.parted:
             places = graph.held((work.supervised,), FLOAT32, "")
             flat = graph.fresh("Gather", (work.supervised, hidden), x.itemsize, flat, places)
-        flat = self._norm(flat, self.parameters.top["norm"])
+        if not work.fused_loss:  # which takes the norm by chunks as well
+            flat = self._norm(flat, self.parameters.top["norm"])
         graph.label = LOGITS
         loss = self._fused_loss(flat) if work.fused_loss else self._cross_entropy(flat)
         graph.label = ACTIVATIONS
@@ -226,21 +227,27 @@ class Network:
         return graph.sum_last(graph.reshape(losses, (1, count)))
 
     def _fused_loss(self, x: ShapeArray) -> ShapeArray:
-        """Chunk by chunk: the loss, and (softmax - one-hot) @ weight, its gradient."""
+        """Chunk after chunk: the loss, and the gradient of the chunk's hidden states."""
         graph, weight, total, slopes = self.graph, self._output_weight, None, []
         for start in range(0, x.shape[0], CHUNK):
             size = min(CHUNK, x.shape[0] - start)
             part = graph.view("Slice", x, (size, x.shape[1]), x.strides, dense=False)
+            if slopes:
+                part = graph.same("Depends", part, total, slopes[-1])
             targets = graph.held((size, 1), FLOAT32, "")
-            logits = graph.cast(self._product(part, weight), FLOAT32)
+            normed = self._norm(part, self.parameters.top["norm"])
+            logits = graph.cast(self._product(normed, weight), FLOAT32)
             score = graph.fresh("GatherAxis", (size, 1), FLOAT32, logits, targets)
             losses = graph.subtract(graph.fresh("LogSumExp", (size, 1), FLOAT32, logits), score)
             loss = graph.sum_last(graph.reshape(losses, (1, size)))
             total = loss if total is None else graph.add(total, loss)
-            chances = graph.cast(graph.unary("Softmax", logits), x.itemsize)
-            pulled = graph.fresh("Matmul", part.shape, x.itemsize, chances, weight)
-            wanted = graph.fresh("Gather", part.shape, x.itemsize, weight, targets)
-            slopes.append(graph.subtract(pulled, wanted))
+            chances = graph.unary("Softmax", logits)
+            slope = graph.fresh(
+                "Scatter", logits.shape, FLOAT32, chances, targets, donors=(chances,)
+            )
+            slope = graph.cast(graph.multiply(graph.scalar(slope.shape), slope), x.itemsize)
+            pulled = graph.fresh("Matmul", part.shape, x.itemsize, slope, weight)
+            slopes += gradients(graph, normed, [part], pulled)
         slope = graph.fresh("Concatenate", x.shape, x.itemsize, *slopes)
         made = graph.same("FusedLoss", total, slope, x)
         made.options = (x, graph.same("FusedLoss", slope, x, total))

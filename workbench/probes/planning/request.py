@@ -81,7 +81,7 @@ class Request:
             return
         if self.mode != "lora":
             raise ConfigError(
-                f"mode {self.mode!r} trains the output matrix, which the fused loss leaves alone",
+                f"mode {self.mode!r} trains the output matrix: its fused loss cannot be planned",
                 cure="Use mode='lora', or fused_loss=False.",
             )
         if self.micro_batch_size * self.length > MOST_POSITIONS:

@@ -1,0 +1,255 @@
+"""Cached activations of the frozen part: the layers below the first trained one run once a row.
+
+While they are frozen, what leaves them for a row is the same at every step. Each row is computed
+alone and without padding: causal attention makes it independent of the rows beside it, so it does
+not matter which batch came first, nor where a run was resumed.
+
+Loss and gradients of a single row are those of the plain path to the bit. In a larger batch the
+BLAS may add up a product of another height in another order: the tests hold the loss within 1e-6
+and each gradient within 1e-5 of its largest element. States are held in memory only.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from workbench.data.batches import Batch
+from workbench.data.examples import Example
+from workbench.errors import FallbackWarning
+from workbench.models.structure import find_layers
+from workbench.probes.parameters import digest
+from workbench.tuning.losses import LossFunction, next_token_pairs
+
+if TYPE_CHECKING:
+    from workbench.tuning.trainer import Trainer
+
+HEAD_PATHS = ("model.norm", "lm_head")  # outside the layers, and used after them only
+# Uses of a row from which keeping pays: alone, short rows cost about 1.2 times what they cost in a
+# batch (OpenBLAS, products of 40 rows against 320).
+WORTHWHILE_USES = 1.5
+RAW = {2: mx.uint16, 4: mx.uint32}  # by bytes: NumPy has no bfloat16
+MEGA = 1e6
+
+
+@dataclass(frozen=True)
+class PrefixUse:
+    """Whether a trainer keeps what leaves its frozen layers, and why."""
+
+    first_layer: int  # the first one that runs at every step; 0: all run
+    needed_bytes: int  # for every row of the training and validation data; 0 where not used
+    reason: str
+    cache: PrefixCache | None = None
+
+    @property
+    def used(self) -> bool:
+        """Whether states are kept."""
+        return self.cache is not None
+
+    def __str__(self) -> str:
+        return f"prefix cache {'on' if self.used else 'off'}: {self.reason}"
+
+
+class PrefixCache:
+    """Hidden states that enter a layer, by the tokens of the row; held outside MLX's memory.
+
+    What is held belongs to `key`: the hash of the weights below the layer, the layer's number and
+    the dtype. When other weights are put into the network, the key changes and nothing held is
+    used again. Writing into a weight's elements in place is not noticed.
+
+    Args:
+        model: a network with `embed`, `run_layers` and nothing that trains below `first_layer`.
+        first_layer: the layer that the states enter, from 1.
+        limit_bytes: that may be held; rows beyond are computed whenever they are asked for.
+    """
+
+    def __init__(self, model: nn.Module, first_layer: int, limit_bytes: int):
+        self.model, self.first_layer, self.limit_bytes = model, first_layer, limit_bytes
+        self.dtype = _outline(model, first_layer).dtype
+        self.held_bytes = self.hits = self.misses = 0
+        self._states: dict[bytes, np.ndarray] = {}
+        self._note_weights(self._weights())
+
+    def states(self, batch: Batch) -> mx.array:
+        """Hidden states (B, T - 1, D) that enter `first_layer` for a batch's inputs.
+
+        Behind the last token that a target is predicted from, a row's last state is repeated:
+        nothing that counts sees it, and no norm divides by zero there.
+        """
+        self._require_same_weights()
+        length = batch.tokens.shape[1] - 1
+        rows = [self._state(seen) for seen in _seen_tokens(batch.tokens, batch.loss_mask)]
+        padded = [np.pad(row, ((0, length - len(row)), (0, 0)), mode="edge") for row in rows]
+        return mx.array(np.stack(padded)).view(self.dtype)
+
+    def _state(self, seen: np.ndarray) -> np.ndarray:
+        content = seen.astype(np.int32).tobytes()
+        state = self._states.get(content)
+        if state is not None:
+            self.hits += 1
+            return state
+        self.misses += 1
+        embedded = self.model.embed(mx.array(seen[None]))
+        entering = self.model.run_layers(embedded, end=self.first_layer)[0]  # (T, D)
+        state = np.array(entering.view(RAW[self.dtype.size]))
+        if self.held_bytes + state.nbytes <= self.limit_bytes:
+            self._states[content] = state
+            self.held_bytes += state.nbytes
+        return state
+
+    def _weights(self) -> list[tuple[str, mx.array]]:
+        return _below(self.model, self.first_layer, tree_flatten(self.model.parameters()))
+
+    def _require_same_weights(self) -> None:
+        weights = self._weights()
+        if len(weights) == len(self._noted) and all(
+            noted() is array for noted, (_, array) in zip(self._noted, weights)
+        ):
+            return
+        before = self.key
+        self._note_weights(weights)
+        if self.key != before:
+            self._states, self.held_bytes = {}, 0
+
+    def _note_weights(self, weights: list[tuple[str, mx.array]]) -> None:
+        # Weak, so that a reload can free what was there before.
+        self._noted = [weakref.ref(array) for _, array in weights]
+        named = [(name, digest(array)) for name, array in weights]
+        content = repr((named, self.first_layer, str(self.dtype)))
+        self.key = hashlib.sha256(content.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PrefixLoss:
+    """A loss function whose model begins with the cached states; other models run whole."""
+
+    cache: PrefixCache
+    loss_fn: LossFunction
+
+    def __call__(self, model: nn.Module, batch: Batch) -> mx.array:
+        """Sum of the loss over the batch's supervised targets."""
+        if model is not self.cache.model:
+            return self.loss_fn(model, batch)
+        states, first = self.cache.states(batch), self.cache.first_layer
+        shortened = copy.copy(model)  # the same modules, by the same names
+        shortened.backbone = lambda tokens: model.run_layers(states, first=first)
+        return self.loss_fn(shortened, batch)
+
+
+def use_prefix(trainer: Trainer, own_loss: bool) -> PrefixUse:
+    """Decide whether what leaves the frozen layers is kept; if so, change the trainer's loss.
+
+    Args:
+        trainer: with model, data, configuration and loss function.
+        own_loss: whether the loss function is the caller's: it may not want the model shortened.
+
+    Warns:
+        FallbackWarning: it was asked for and cannot be used, or not for every row.
+    """
+    config, model = trainer.config, trainer.model
+    if config.prefix_cache is False:
+        return PrefixUse(0, 0, "switched off")
+    first, reason = (0, "the loss function is the caller's own") if own_loss else first_layer(model)
+    if not first:
+        if config.prefix_cache:
+            warnings.warn(f"no prefix cache: {reason}", FallbackWarning, stacklevel=4)
+        return PrefixUse(0, 0, reason)
+    outline = _outline(model, first)
+    rows = _distinct([*trainer.data.train, *trainer.data.valid])
+    needed = sum(rows) * outline.shape[-1] * outline.dtype.size
+    limit, size = config.prefix_cache_bytes, f"{needed / MEGA:.1f} MB"
+    fits = f"needs {size}, prefix_cache_bytes allows {limit / MEGA:.1f} MB"
+    if config.prefix_cache is None:
+        train = trainer.data.train
+        uses = trainer.total_steps / trainer.plan.steps_per_epoch * len(train)
+        if uses < WORTHWHILE_USES * len(_distinct(train)):
+            return PrefixUse(0, 0, "the rows are not used often enough")
+        if needed > limit:
+            return PrefixUse(0, 0, fits)
+    elif needed > limit:
+        text = f"the prefix cache {fits}: the other rows are computed at every step"
+        warnings.warn(text, FallbackWarning, stacklevel=4)
+    cache = PrefixCache(model, first, limit)
+    trainer.loss_fn = PrefixLoss(cache, trainer.loss_fn)
+    kept = size if needed <= limit else f"{limit / MEGA:.1f} of {size}"
+    done = f"the layers below layer {first} run once a row; {kept} kept"
+    return PrefixUse(first, needed, done, cache)
+
+
+def first_layer(model: nn.Module) -> tuple[int, str]:
+    """The first layer that holds what trains, and "" – or 0 and why all layers must run.
+
+    With nothing in the layers that trains it is their number: the head alone is left.
+    """
+    if not callable(getattr(model, "run_layers", None)):
+        return 0, f"a {type(model).__name__} cannot run a part of its layers"
+    path, count = find_layers(model)
+    names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    outside = [name for name in names if not name.startswith((f"{path}.", *HEAD_PATHS))]
+    if outside:
+        return 0, f"{outside[0]} trains, and is used below the layers"
+    within = [name.removeprefix(f"{path}.") for name in names if name.startswith(f"{path}.")]
+    first = min((int(name.partition(".")[0]) for name in within), default=count)
+    if not first:
+        return 0, "the first layer trains"
+    for name, _ in _below(model, first, tree_flatten(model.parameters())):
+        if "lora_" in name:  # its scale can be changed, and is no weight
+            return 0, f"{name} belongs to an adapter below layer {first}"
+    for name, module in _below(model, first, model.named_modules()):
+        if _drops(module):
+            return 0, f"{name} drops out below layer {first}"
+    if _outline(model, first).dtype.size not in RAW:
+        return 0, "the hidden states have a dtype that cannot be kept"
+    return first, ""
+
+
+def _below(
+    model: nn.Module, first: int, named: Iterable[tuple[str, object]]
+) -> list[tuple[str, object]]:
+    """Those pairs of (name, module or array) that come before a layer."""
+    inside = f"{find_layers(model)[0]}."
+
+    def runs_before(name: str) -> bool:
+        if name.startswith(inside):
+            return int(name.removeprefix(inside).partition(".")[0]) < first
+        return not name.startswith(HEAD_PATHS)
+
+    return [(name, leaf) for name, leaf in named if runs_before(name)]
+
+
+def _drops(module: nn.Module) -> bool:
+    is_dropout = isinstance(module, nn.Dropout | nn.Dropout2d | nn.Dropout3d)
+    return is_dropout and module._p_1 < 1
+
+
+def _outline(model: nn.Module, first: int) -> mx.array:
+    """A hidden state (1, 1, D) that enters a layer; its shape and dtype need no evaluation."""
+    return model.run_layers(model.embed(mx.zeros((1, 1), mx.int32)), end=first)
+
+
+def _seen_tokens(tokens: np.ndarray, loss_mask: np.ndarray) -> Iterator[np.ndarray]:
+    """Of each row, the inputs up to the last that a target is predicted from; one at least."""
+    inputs, _, wanted = next_token_pairs(tokens, loss_mask)
+    for row, targets in zip(inputs, wanted):
+        places = np.flatnonzero(targets)
+        yield row[: places[-1] + 1 if len(places) else 1]
+
+
+def _distinct(examples: Iterable[Example]) -> list[int]:
+    """Number of tokens of each row that is computed; rows that begin alike are one."""
+    seen = {
+        row.astype(np.int32).tobytes(): len(row)
+        for example in examples
+        for row in _seen_tokens(example.tokens[None], example.loss_mask[None])
+    }
+    return list(seen.values())

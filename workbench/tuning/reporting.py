@@ -1,0 +1,56 @@
+"""The report of an update, from what it computed and what the machine holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from workbench.data.batches import Batch
+from workbench.probes.memory import read_memory
+from workbench.tuning.config import StepReport
+from workbench.tuning.progress import SPIKE_WINDOW, is_spike
+
+if TYPE_CHECKING:
+    from workbench.tuning.trainer import Trainer
+
+
+def make_report(
+    trainer: Trainer,
+    batches: Sequence[Batch],
+    loss: float,
+    norm: float,
+    started: float,
+    skipped: bool = False,
+) -> StepReport:
+    """The report of the trainer's step that was just made.
+
+    Args:
+        trainer: which has not yet counted the step.
+        batches: the step's micro-batches.
+        loss: mean over the supervised targets, in nats.
+        norm: of the gradients, before clipping.
+        started: when, by time.perf_counter.
+        skipped: whether no update was made.
+    """
+    seconds, step = time.perf_counter() - started, trainer.steps_done
+    num_input_tokens = sum(batch.tokens[:, 1:].size for batch in batches)
+    recent = [report.loss for report in trainer.reports[-SPIKE_WINDOW:]]
+    return StepReport(
+        step=step + 1,
+        total_steps=trainer.total_steps,
+        epoch=step // trainer.plan.steps_per_epoch + 1,
+        loss=loss,
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        num_input_tokens=num_input_tokens,
+        learning_rate=trainer.learning_rate(step),
+        grad_norm=norm,
+        clipped_grad_norm=min(norm, trainer.config.max_grad_norm or math.inf),
+        step_seconds=seconds,
+        tokens_per_second=num_input_tokens / seconds,
+        skipped=skipped,
+        spike=is_spike(loss, recent),
+        **dataclasses.asdict(read_memory()),
+    )
