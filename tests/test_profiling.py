@@ -19,6 +19,7 @@ from workbench.data.batches import Batch
 from workbench.errors import ConfigError, TrainingError
 from workbench.live import profile as drawing
 from workbench.live.figures import ORANGE
+from workbench.models.forms import plain_forms
 from workbench.probes.recording import StandIn
 from workbench.tuning import flops, profiling
 from workbench.tuning.config import TrainConfig
@@ -187,7 +188,7 @@ PLANTED = {
 def test_work_that_is_planted_in_a_phase_is_found_there(phase, monkeypatch):
     profile = profile_step(PLANTED[phase](monkeypatch), steps=3)
     assert max(profile.share, key=profile.share.get) == phase, profile
-    assert profile.share[phase] > 0.5, profile
+    assert profile.share[phase] > 1 / 3, profile
 
 
 BATCH = Batch(  # 3 rows of 10 inputs; 5 + 8 + 10 targets are supervised
@@ -233,7 +234,8 @@ def test_as_many_products_are_counted_as_mlx_computes(targets, tmp_path, monkeyp
     model, counted = toy_model(), []
     if targets:
         add_lora(model, LoRAConfig(rank=4, target_modules=targets, num_layers=1))
-    loss, gradients = nn.value_and_grad(model, supervised_loss)(model, BATCH)
+    with plain_forms():
+        loss, gradients = nn.value_and_grad(model, supervised_loss)(model, BATCH)
     graph = tmp_path / "graph.dot"
     mx.export_to_dot(str(graph), loss, *[g for _, g in tree_flatten(gradients)])
     add = lambda products, flops, *grow: counted.append(1 + sum(map(bool, grow)))  # noqa: E731

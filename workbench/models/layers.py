@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from workbench.errors import WorkbenchError
+from workbench.models.forms import attend, silu_product
 from workbench.models.rope import RotaryEmbedding
 
 CACHE_BLOCK = 256  # positions by which a KV cache grows at least
@@ -124,9 +125,7 @@ class Attention(nn.Module):
         queries, keys = self.rope(queries, offset), self.rope(keys, offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        attended = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.scale, mask=mask
-        )
+        attended = attend(queries, keys, values, self.scale, mask)
         return self.o_proj(attended.swapaxes(1, 2).reshape(B, T, -1))
 
     def _heads(self, x: mx.array, count: int) -> mx.array:
@@ -146,5 +145,4 @@ class SwiGLU(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x (B, T, hidden_size) → the same shape."""
-        gate = self.gate_proj(x)
-        return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))
+        return self.down_proj(silu_product(self.gate_proj(x), self.up_proj(x)))

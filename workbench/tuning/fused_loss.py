@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from workbench.errors import ConfigError
+from workbench.models.forms import exponential
 from workbench.models.structure import find_layers
 from workbench.probes.planning.network import CHUNK
 
@@ -48,7 +49,7 @@ def fused_cross_entropy(model: nn.Module, hidden_states: mx.array, targets: mx.a
             model.update(parameters)
 
     if not model.training:
-        return _in_chunks(chunk_loss, hidden_states, parameters, targets)
+        return _in_chunks(model, hidden_states, targets)
     return _with_gradients(chunk_loss, targets)(hidden_states, parameters)[0]
 
 
@@ -73,12 +74,11 @@ def _with_gradients(chunk_loss: ChunkLoss, targets: mx.array) -> Callable:
     return loss_and_gradients
 
 
-def _in_chunks(
-    chunk_loss: ChunkLoss, hidden_states: mx.array, parameters: dict, targets: mx.array
-) -> mx.array:
+def _in_chunks(model: nn.Module, hidden_states: mx.array, targets: mx.array) -> mx.array:
     total = mx.array(0.0)
     for part, wanted in _chunks(hidden_states, targets):
-        total = total + chunk_loss(_after(part, total), parameters, wanted)
+        logits = model.head(_after(part, total)).astype(mx.float32)
+        total = total + _losses(logits, wanted)[0].sum()
     return total
 
 
@@ -103,17 +103,28 @@ def _head_parameters(model: nn.Module) -> dict:
     return tree_unflatten([pair for pair in trainable if not pair[0].startswith(f"{path}.")])
 
 
-@mx.custom_function
+def _losses(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Losses (N, 1), exp(logits - their maximum) (N, V), and its row sums (N, 1)."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    score = mx.take_along_axis(shifted, targets[:, None], axis=-1)
+    weights = exponential(shifted)
+    total = weights.sum(axis=-1, keepdims=True)
+    return mx.log(total) - score, weights, total
+
+
 def _cross_entropy_sum(logits: mx.array, targets: mx.array) -> mx.array:
     """Logits (N, V), targets (N,) → scalar; its gradient is softmax - one-hot."""
-    logits = logits.astype(mx.float32)
-    score = mx.take_along_axis(logits, targets[:, None], axis=-1)
-    return (mx.logsumexp(logits, axis=-1, keepdims=True) - score).sum()
+    return _sum_and_slopes(logits.astype(mx.float32), targets)[0]
 
 
-@_cross_entropy_sum.vjp
-def _cross_entropy_slope(primals: tuple, flow: mx.array, _: mx.array) -> tuple:
-    logits, targets = primals
-    chances = mx.softmax(logits.astype(mx.float32), axis=-1)
-    slope = chances.at[mx.arange(len(targets)), targets].add(-1.0)
-    return (flow * slope).astype(logits.dtype), mx.zeros_like(targets)
+@mx.custom_function
+def _sum_and_slopes(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """The sum, and its gradient (N, V); exponentials are taken once for both."""
+    losses, weights, total = _losses(logits, targets)
+    slopes = (weights * (1 / total)).at[mx.arange(len(targets)), targets].add(-1.0)
+    return losses.sum(), slopes
+
+
+@_sum_and_slopes.vjp
+def _times_flow(primals: tuple, flows: tuple, outputs: tuple) -> tuple:
+    return flows[0] * outputs[1], mx.zeros_like(primals[1])
