@@ -14,6 +14,7 @@ from workbench.data.batches import collate
 from workbench.errors import ConfigError, FallbackWarning
 from workbench.models.llama import Llama
 from workbench.models.llama_config import LlamaConfig
+from workbench.probes.planning.network import chunk_positions
 from workbench.tuning.config import TrainConfig
 from workbench.tuning.fused_loss import fused_cross_entropy
 from workbench.tuning.lora import LoRAConfig, LoRALinear
@@ -31,7 +32,7 @@ from workbench.tuning.update import accumulate
 UNTIED = {"tie_word_embeddings": not TOY_CONFIG["tie_word_embeddings"]}
 RAGGED = collate(toy_examples([90, 5, 60, 40, 100, 3]), range(6))  # 286 targets: three chunks
 SINGLE = collate(toy_examples([3]), [0])
-WIDE = {"vocab_size": 20_000, "hidden_size": 32}
+WIDE = {"vocab_size": 60_000, "hidden_size": 32}
 
 
 class Capped(Llama):
@@ -121,12 +122,17 @@ def test_loss_and_gradients_are_those_of_the_plain_form(build, batch):
     )
 
 
+def test_a_chunk_has_the_positions_whose_logits_fit():
+    sizes = {2: 1024, 20_000: 384, 49_152: 128, 128_256: 64, 10**7: 64}
+    assert {vocab: chunk_positions(vocab) for vocab in sizes} == sizes
+
+
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 256, 257])
 @pytest.mark.parametrize("training", [True, False])
 def test_any_number_of_positions(count, training):
-    model = toy_model()
-    hidden_states = mx.random.normal((count, TOY_CONFIG["hidden_size"]), key=mx.random.key(0))
-    targets = mx.random.randint(0, TOY_CONFIG["vocab_size"], (count,), key=mx.random.key(1))
+    model = toy_model(**WIDE)  # 128 positions a chunk
+    hidden_states = mx.random.normal((count, WIDE["hidden_size"]), key=mx.random.key(0))
+    targets = mx.random.randint(0, WIDE["vocab_size"], (count,), key=mx.random.key(1))
 
     def fused(model, x):
         return fused_cross_entropy(model, x, targets)

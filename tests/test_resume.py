@@ -238,7 +238,7 @@ def test_a_run_from_before_a_setting_was_known_had_its_default(tmp_path, monkeyp
         )
         stopped_after(2, tmp_path, epochs=3)
     assert toy_trainer(run_dir=tmp_path, epochs=3).steps_done == 2
-    with pytest.raises(RunError, match="fused_loss is True, was False"):
+    with pytest.raises(RunError, match="fused_loss is True, was None"):
         toy_trainer(run_dir=tmp_path, epochs=3, fused_loss=True)
 
 

@@ -68,7 +68,7 @@ class TrainConfig:
     prefix_cache_bytes: int = 1_000_000_000  # that may be kept of it
     seed: int = 0  # of the order and of dropout
     grad_checkpoint: bool = False  # keep each layer's input only, and compute the layer again
-    fused_loss: bool = False  # logits of 128 supervised positions at a time
+    fused_loss: bool | None = None  # logits of some positions at a time; None: where possible
 
     def __post_init__(self):
         for name, smallest in WHOLE_NUMBERS.items():
@@ -77,17 +77,18 @@ class TrainConfig:
                 check_whole(name, value, smallest)
         for name, smallest in NUMBERS.items():
             check_number(name, getattr(self, name), smallest)
-        for name in ("grad_checkpoint", "fused_loss"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.grad_checkpoint, bool):
+            raise ConfigError(f"grad_checkpoint must be True or False: {self.grad_checkpoint!r}")
         if self.schedule not in SCHEDULES:
             raise ConfigError(
                 f"unknown schedule {self.schedule!r}", cure=f"Use one of {SCHEDULES}."
             )
         if self.on_bad_step not in ("raise", "skip"):
             raise ConfigError(f"on_bad_step must be 'raise' or 'skip', got {self.on_bad_step!r}")
-        if not (self.prefix_cache is None or isinstance(self.prefix_cache, bool)):
-            raise ConfigError(f"prefix_cache must be True, False or None: {self.prefix_cache!r}")
+        for name in ("prefix_cache", "fused_loss"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise ConfigError(f"{name} must be True, False or None: {value!r}")
         if not _are_betas(self.adam_betas):
             raise ConfigError(f"adam_betas must be two numbers in [0, 1), got {self.adam_betas!r}")
 

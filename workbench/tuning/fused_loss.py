@@ -15,13 +15,13 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from workbench.errors import ConfigError
 from workbench.models.forms import exponential
 from workbench.models.structure import find_layers
-from workbench.probes.planning.network import CHUNK
+from workbench.probes.planning.network import chunk_positions
 
 ChunkLoss = Callable[[mx.array, dict, mx.array], mx.array]
 
 
 def fused_cross_entropy(model: nn.Module, hidden_states: mx.array, targets: mx.array) -> mx.array:
-    """Sum of cross-entropy of `model.head(hidden_states)`, with 128 positions at a time.
+    """Sum of cross-entropy of `model.head(hidden_states)`, with some positions at a time.
 
     Any head that treats positions one by one: tied, quantised, adapted, frozen or trained. What
     trains outside the decoder layers is taken to be part of it, and gets its gradient here too:
@@ -50,16 +50,16 @@ def fused_cross_entropy(model: nn.Module, hidden_states: mx.array, targets: mx.a
 
     if not model.training:
         return _in_chunks(model, hidden_states, targets)
-    return _with_gradients(chunk_loss, targets)(hidden_states, parameters)[0]
+    return _with_gradients(model, chunk_loss, targets)(hidden_states, parameters)[0]
 
 
-def _with_gradients(chunk_loss: ChunkLoss, targets: mx.array) -> Callable:
+def _with_gradients(model: nn.Module, chunk_loss: ChunkLoss, targets: mx.array) -> Callable:
     """(hidden_states, parameters) → loss, and its gradients by both as further outputs."""
 
     @mx.custom_function
     def loss_and_gradients(hidden_states: mx.array, parameters: dict) -> tuple:
         total, slopes, sums = mx.array(0.0), [], None
-        for part, wanted in _chunks(hidden_states, targets):
+        for part, wanted in _chunks(model, hidden_states, targets):
             if slopes:
                 part = _after(part, total, slopes[-1], sums)
             loss, (slope, new) = mx.value_and_grad(chunk_loss, (0, 1))(part, parameters, wanted)
@@ -76,15 +76,18 @@ def _with_gradients(chunk_loss: ChunkLoss, targets: mx.array) -> Callable:
 
 def _in_chunks(model: nn.Module, hidden_states: mx.array, targets: mx.array) -> mx.array:
     total = mx.array(0.0)
-    for part, wanted in _chunks(hidden_states, targets):
+    for part, wanted in _chunks(model, hidden_states, targets):
         logits = model.head(_after(part, total)).astype(mx.float32)
         total = total + _losses(logits, wanted)[0].sum()
     return total
 
 
-def _chunks(hidden_states: mx.array, targets: mx.array) -> list[tuple[mx.array, mx.array]]:
-    starts = range(0, len(targets), CHUNK)
-    return [(hidden_states[s : s + CHUNK], targets[s : s + CHUNK]) for s in starts]
+def _chunks(
+    model: nn.Module, hidden_states: mx.array, targets: mx.array
+) -> list[tuple[mx.array, mx.array]]:
+    size = chunk_positions(model.head(hidden_states[:1]).shape[-1])  # no logits are computed here
+    starts = range(0, len(targets), size)
+    return [(hidden_states[s : s + size], targets[s : s + size]) for s in starts]
 
 
 def _after(part: mx.array, *results: object) -> mx.array:

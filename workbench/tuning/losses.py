@@ -66,26 +66,26 @@ def fused_loss(model: nn.Module, batch: Batch) -> mx.array:
     return fused_cross_entropy(model, *_supervised(model, batch))
 
 
-def default_loss(model: nn.Module, fused: bool = False) -> LossFunction:
+def default_loss(model: nn.Module, fused: bool | None = False) -> LossFunction:
     """`supervised_loss` if the model parts into backbone and head, else `plain_loss`.
 
     Args:
         model: decides which forms there are.
-        fused: take `fused_loss`, which needs the two parts as well.
+        fused: take `fused_loss`, which needs the two parts as well; None: if there are the two.
 
     Warns:
         FallbackWarning: the fused form is wanted, and the model has no such parts.
     """
     parts = callable(getattr(model, "backbone", None)) and callable(getattr(model, "head", None))
     if parts:
-        return fused_loss if fused else supervised_loss
+        return supervised_loss if fused is False else fused_loss
     if fused:
         text = f"a {type(model).__name__} does not part into backbone and head"
         warnings.warn(f"no fused loss: {text}", FallbackWarning, stacklevel=2)
     return plain_loss
 
 
-def chosen_loss(model: nn.Module, loss_fn: LossFunction | None, fused: bool) -> LossFunction:
+def chosen_loss(model: nn.Module, loss_fn: LossFunction | None, fused: bool | None) -> LossFunction:
     """The caller's loss function, if there is one; else `default_loss`.
 
     Warns:

@@ -16,7 +16,8 @@ from workbench.probes.planning.graph import FLOAT32, Graph, ShapeArray
 from workbench.probes.planning.parameters import LAYER_NORMS, Parameters
 
 ACTIVATIONS, ATTENTION, LOGITS, GRADIENTS = "activations", "attention", "logits", "gradients"
-CHUNK = 128  # supervised positions whose logits are computed together by the fused loss
+LOGITS_BYTES = 32_000_000  # that the fused loss computes together, in float32
+FEWEST, MOST = 64, 1024  # positions of a chunk: fewer make slow products, more save nothing
 Weights = Mapping[str, ShapeArray]  # of one layer, by name
 
 
@@ -29,6 +30,12 @@ class Work:
     supervised: int  # positions with a target, over all rows
     grad_checkpoint: bool = False  # keep each layer's input only, and compute the layer again
     fused_loss: bool = False  # logits in chunks, with the hidden states' gradient made beside them
+
+
+def chunk_positions(vocab_size: int) -> int:
+    """Supervised positions whose logits the fused loss computes together: a multiple of 64."""
+    fitting = LOGITS_BYTES // (4 * vocab_size)
+    return max(FEWEST, min(MOST, fitting // FEWEST * FEWEST))
 
 
 class Network:
@@ -229,8 +236,9 @@ class Network:
     def _fused_loss(self, x: ShapeArray) -> ShapeArray:
         """Chunk after chunk: the loss, and the gradient of the chunk's hidden states."""
         graph, weight, total, slopes = self.graph, self._output_weight, None, []
-        for start in range(0, x.shape[0], CHUNK):
-            size = min(CHUNK, x.shape[0] - start)
+        chunk = chunk_positions(weight.shape[0])
+        for start in range(0, x.shape[0], chunk):
+            size = min(chunk, x.shape[0] - start)
             part = graph.view("Slice", x, (size, x.shape[1]), x.strides, dense=False)
             if slopes:
                 part = graph.same("Depends", part, total, slopes[-1])
