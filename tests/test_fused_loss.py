@@ -146,7 +146,8 @@ def test_any_number_of_positions(count, training):
     )
     assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
     assert found[1].shape == hidden_states.shape
-    assert np.allclose(found[1], expected[1], rtol=1e-4, atol=1e-6)
+    largest = mx.abs(expected[1]).max().item()
+    assert np.allclose(found[1], expected[1], rtol=1e-4, atol=1e-5 * largest)
 
 
 def test_a_batch_without_targets_is_zero():
@@ -265,7 +266,7 @@ def test_a_trainer_makes_the_same_steps():
 
 
 @pytest.mark.parametrize("name", ["grad_checkpoint", "fused_loss"])
-@pytest.mark.parametrize("value", [1, "yes", None])
+@pytest.mark.parametrize("value", [1, "yes"])
 def test_the_switches_are_truth_values(name, value):
     with pytest.raises(ConfigError, match=name):
         TrainConfig(**{name: value})

@@ -25,7 +25,7 @@ from workbench.probes.training import check_training
 from workbench.tuning import prefix
 from workbench.tuning.config import TrainConfig
 from workbench.tuning.lora import LoRAConfig, add_lora
-from workbench.tuning.losses import default_loss, mean_loss, supervised_loss
+from workbench.tuning.losses import default_loss, fused_loss, mean_loss, supervised_loss
 from workbench.tuning.prefix import PrefixCache, PrefixLoss, first_layer
 from workbench.tuning.trainer import Trainer
 from workbench.tuning.update import accumulate
@@ -333,7 +333,7 @@ def test_a_prefix_that_is_not_frozen_is_not_kept(reason):
     for trainer in (asked, left_open):
         assert not trainer.prefix.used
         assert reason in str(trainer.prefix)
-        assert trainer.loss_fn is supervised_loss
+        assert trainer.loss_fn is fused_loss
 
 
 def test_a_callers_own_loss_sees_the_whole_model():
