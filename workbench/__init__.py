@@ -3,7 +3,9 @@
 import os
 
 from workbench.blas import load_blas
+from workbench.machine import map_large_blocks
 
+map_large_blocks()
 load_blas()  # before anything imports mlx.core
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

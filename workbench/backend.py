@@ -16,7 +16,7 @@ from workbench.blas import Blas, load_blas
 from workbench.machine import machine_memory
 
 REPORTED_PACKAGES = ("mlx", "mlx-lm", "safetensors", "transformers", "jupyterlab", "papermill")
-CPU_CACHE_BYTES = 2_000_000_000
+CPU_CACHE_BYTES = 250_000_000
 MATMUL_SIZE = 1024  # rows and columns of the measured product
 
 
@@ -72,9 +72,9 @@ def default_dtype() -> mx.Dtype | None:
 
 
 def default_cache_limit() -> int:
-    """Bytes MLX may keep for reuse between steps: a third of the memory, on a CPU at most 2 GB.
+    """Bytes MLX may keep for reuse between steps: a third of the memory, on a CPU at most 250 MB.
 
-    On a CPU, 2 GB trained SmolLM2 as fast as 8 GB did; on a GPU this was not measured.
+    On a CPU, 250 MB trained SmolLM2 as fast as 2 GB did; on a GPU this was not measured.
     """
     memory = machine_memory()
     if memory is None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
+M_MMAP_THRESHOLD = -3  # malloc.h
+LARGE_BLOCK_BYTES = 16 << 20
 UNLIMITED = 1 << 60  # version 1 writes a huge number where there is no limit
 RUSAGE_V0_BYTES = 96  # struct rusage_info_v0: a UUID of 16 bytes and ten 64-bit counters
 FOOTPRINT_AT = 16 + 7 * 8  # ri_phys_footprint in it
@@ -62,6 +64,16 @@ def return_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def map_large_blocks() -> None:
+    """Have large blocks mapped one by one, so that they leave the process when they are freed.
+
+    glibc would move its threshold up to 32 MB by itself. Blocks of the logits' size then lie in
+    the heap among smaller ones and leave holes: a training that needs 1.9 GB held 5.8 GB.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def _footprint() -> int:

@@ -76,8 +76,8 @@ class LoRALinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """x (..., in) → (..., out)."""
         output = self.linear(x)
-        update = (self.dropout(x) @ self.lora_a) @ self.lora_b
-        return output + (self.scale * update).astype(output.dtype)
+        narrow = self.scale * (self.dropout(x) @ self.lora_a)  # (..., rank): the cheap place
+        return output + (narrow @ self.lora_b).astype(output.dtype)
 
 
 @dataclass(frozen=True)
