@@ -41,6 +41,16 @@ class KVCache:
         self.offset = end
         return self.keys[..., :end, :], self.values[..., :end, :]
 
+    @property
+    def state(self) -> tuple[mx.array | None, mx.array | None]:
+        """The buffers of keys and values, to be evaluated."""
+        return self.keys, self.values
+
+    def keep_rows(self, rows: mx.array) -> None:
+        """Drop all but these rows of the batch; `rows` are their numbers, in the new order."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        mx.eval(self.state)  # one layer's old buffers at a time
+
     def _check(self, keys: mx.array, values: mx.array) -> None:
         if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
             raise WorkbenchError(
@@ -96,9 +106,14 @@ def causal_mask(length: int, offset: int = 0, padding: mx.array | None = None) -
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023): a key/value head serves H / KV query heads."""
+    """Grouped-query attention (Ainslie et al. 2023): a key/value head serves H / KV query heads.
 
-    def __init__(self, config):
+    Args:
+        config: sizes and biases.
+        rope: rotary embedding, the same object for all layers.
+    """
+
+    def __init__(self, config, rope: RotaryEmbedding):
         super().__init__()
         dim, head_dim = config.hidden_size, config.head_dim
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -108,9 +123,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(dim, self.num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, self.num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * head_dim, dim, bias=bias)
-        self.rope = RotaryEmbedding(
-            head_dim, config.rope_theta, config.max_position_embeddings, config.rope_scaling
-        )
+        self.rope = rope
 
     def __call__(
         self, x: mx.array, mask: mx.array | str | None, cache: KVCache | None = None
