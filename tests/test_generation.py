@@ -312,7 +312,8 @@ def test_another_architecture_keeps_its_ended_rows(qwen):
     free = [tokens_of(qwen, ids) for ids in encoded]
     qwen.raw_config["eos_token_id"] = free[0][-1]
     alone = [tokens_of(qwen, ids) for ids in encoded]
-    assert len({len(tokens) for tokens in alone}) == 3 and all(alone)
+    assert all(alone)
+    assert len({len(tokens) for tokens in alone}) == 3
     together, sizes = batch_of(qwen, encoded, GREEDY)
     assert together == alone
     assert set(sizes) == {3}
