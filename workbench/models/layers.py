@@ -106,14 +106,9 @@ def causal_mask(length: int, offset: int = 0, padding: mx.array | None = None) -
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023): a key/value head serves H / KV query heads.
+    """Grouped-query attention (Ainslie et al. 2023): a key/value head serves H / KV query heads."""
 
-    Args:
-        config: sizes and biases.
-        rope: rotary embedding, the same object for all layers.
-    """
-
-    def __init__(self, config, rope: RotaryEmbedding):
+    def __init__(self, config):
         super().__init__()
         dim, head_dim = config.hidden_size, config.head_dim
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -123,7 +118,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(dim, self.num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, self.num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * head_dim, dim, bias=bias)
-        self.rope = rope
+        self.rope = RotaryEmbedding(
+            head_dim, config.rope_theta, config.max_position_embeddings, config.rope_scaling
+        )
 
     def __call__(
         self, x: mx.array, mask: mx.array | str | None, cache: KVCache | None = None

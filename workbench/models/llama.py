@@ -12,15 +12,14 @@ import mlx.nn as nn
 
 from workbench.models.layers import Attention, KVCache, SwiGLU, causal_mask
 from workbench.models.llama_config import LlamaConfig
-from workbench.models.rope import RotaryEmbedding
 
 
 class DecoderLayer(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: LlamaConfig, rope: RotaryEmbedding):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.self_attn = Attention(config, rope)
+        self.self_attn = Attention(config)
         self.mlp = SwiGLU(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -39,10 +38,9 @@ class LlamaModel(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        rope = RotaryEmbedding(
-            config.head_dim, config.rope_theta, config.max_position_embeddings, config.rope_scaling
-        )
-        self.layers = [DecoderLayer(config, rope) for _ in range(config.num_hidden_layers)]
+        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        for layer in self.layers:  # one object, so that a token's rotation is made once
+            layer.self_attn.rope = self.layers[0].self_attn.rope
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
