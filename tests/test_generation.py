@@ -52,7 +52,7 @@ def mlx_lm_twin(base):
     return twin
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def qwen():
     """A base of an architecture that only mlx-lm knows."""
     base = toy_base()
@@ -95,9 +95,12 @@ def test_greedy_equals_mlx_lm_on_the_real_model(smollm2, prompt):
     assert len(expected) > 5
 
 
-def test_a_batch_of_the_real_model_equals_single_prompts(smollm2):
-    together = generate(smollm2, PROMPTS, max_tokens=8)
-    assert together == [generate(smollm2, prompt, max_tokens=8) for prompt in PROMPTS]
+def test_a_batch_of_the_real_model_equals_single_prompts_in_mlx_lm(smollm2):
+    encoded = [encode_prompt(smollm2, prompt) for prompt in [*PROMPTS, "Is 2 + 2 = 4? Yes or no."]]
+    twin, ends = mlx_lm_twin(smollm2), smollm2.eos_token_ids
+    together, sizes = batch_of(smollm2, encoded, SamplingConfig(max_tokens=14))
+    assert together == [mlx_lm_tokens(twin, ids, ends, max_tokens=14) for ids in encoded]
+    assert sizes[-1] < len(encoded)  # a short answer left the batch
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 32])
@@ -136,6 +139,63 @@ def test_a_row_that_has_ended_waits_for_the_others(speaker):
     alone = generate(speaker, "something else altogether", max_tokens=60)
     together = generate(speaker, ["?", "something else altogether"], max_tokens=60)
     assert together == [ANSWER, alone]
+
+
+RAGGED = ["", "a", "four", "a b c", "a much longer prompt " * 9, "z", "some more", "Lima?"]
+
+
+def with_early_ends(base, encoded, sampling):
+    """End tokens chosen so that the rows, decoded alone, end at different steps."""
+    base.raw_config["eos_token_id"], base.tokenizer.eos_token = None, None
+    free = [tokens_of(base, ids, sampling) for ids in encoded]
+    base.raw_config["eos_token_id"] = [free[0][2], free[1][9], free[4][14]]
+    return [tokens_of(base, ids, sampling) for ids in encoded]
+
+
+def batch_of(base, encoded, sampling):
+    """Each row's tokens, decoded together; and how many rows the last step computed."""
+    rows, sizes = [[] for _ in encoded], []
+    choose_rows = generation._choose_rows
+
+    def counted(logits, *args):
+        sizes.append(logits.shape[0])
+        return choose_rows(logits, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "_choose_rows", counted)
+        for step in generate_tokens(base, encoded, sampling):
+            for row, token in zip(rows, step):
+                row.extend([] if token is None else [token])
+    return rows, sizes
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.01, generation.DROP_SHARE, 2.0])
+def test_rows_that_end_early_leave_the_batch_and_change_no_token(monkeypatch, share, seed):
+    monkeypatch.setattr(generation, "DROP_SHARE", share)
+    base = toy_base(seed)
+    encoded = [encode_prompt(base, prompt) for prompt in RAGGED]
+    sampling = SamplingConfig(max_tokens=40)
+    alone = with_early_ends(base, encoded, sampling)
+    assert len({len(tokens) for tokens in alone}) >= 3
+    together, sizes = batch_of(base, encoded, sampling)
+    assert together == alone
+    assert sizes[0] == len(RAGGED)
+    assert (sizes[-1] < len(RAGGED)) == (share < 2)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_samples_do_not_change_when_ended_rows_leave(monkeypatch, top_p):
+    base, results = toy_base(), []
+    encoded = [encode_prompt(base, prompt) for prompt in RAGGED]
+    sampling = SamplingConfig(max_tokens=40, temperature=1.5, top_p=top_p, seed=5)
+    with_early_ends(base, encoded, sampling)
+    for share in (0.01, generation.DROP_SHARE, 2.0):
+        monkeypatch.setattr(generation, "DROP_SHARE", share)
+        results.append(batch_of(base, encoded, sampling))
+    assert results[0][0] == results[1][0] == results[2][0]
+    assert results[0][1][-1] < results[2][1][-1] == len(RAGGED)
 
 
 def test_streaming_yields_whole_characters_that_join_to_the_whole(speaker):
@@ -244,3 +304,16 @@ def test_another_architecture_generates_in_batches(qwen):
     expected = [generate(qwen, prompt, max_tokens=8) for prompt in prompts]
     assert generate(qwen, prompts, max_tokens=8) == expected
     assert len(set(expected)) > 1
+
+
+def test_another_architecture_keeps_its_ended_rows(qwen):
+    qwen.raw_config["eos_token_id"], qwen.tokenizer.eos_token = None, None
+    encoded = [encode_prompt(qwen, prompt) for prompt in ("aa", "bz", "Q!")]
+    free = [tokens_of(qwen, ids) for ids in encoded]
+    qwen.raw_config["eos_token_id"] = free[0][-1]
+    alone = [tokens_of(qwen, ids) for ids in encoded]
+    assert all(alone)
+    assert len({len(tokens) for tokens in alone}) == 3
+    together, sizes = batch_of(qwen, encoded, GREEDY)
+    assert together == alone
+    assert set(sizes) == {3}

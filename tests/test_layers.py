@@ -85,6 +85,27 @@ def test_a_slice_is_rotated_as_in_the_full_table(offset):
     assert close(rope(x[:, :, offset : offset + 5], offset), rope(x)[:, :, offset : offset + 5])
 
 
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.0}, LLAMA3])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_position_alone_is_rotated_as_among_others(scaling, dtype):
+    rope, x = RotaryEmbedding(16, 5e5, 8192, scaling), normal(3, 2, 9, 16).astype(dtype)
+    for start in (0, 8183):
+        whole = rope(x, start)
+        for t in (4, 4, 0, 8, 1):  # in any order: no position is answered with another's rotation
+            alone = rope(x[:, :, t : t + 1], start + t)
+            assert alone.dtype == dtype
+            expected = whole[:, :, t : t + 1].astype(mx.float32)
+            assert close(alone.astype(mx.float32), expected, 1e-5 if dtype == mx.float32 else 1e-2)
+
+
+def test_the_gradient_through_a_position_alone_is_the_inverse_rotation():
+    rope, x = RotaryEmbedding(8, 1e4, 64, None), normal(1, 2, 1, 8)
+    gradient = mx.grad(lambda x: (rope(x, 7) * normal(1, 2, 1, 8, seed=1)).sum())(x)
+    pair = mx.concatenate([normal(1, 2, 1, 8, seed=1)] * 2, axis=2)
+    plain = mx.grad(lambda x: (rope(x, 7) * pair)[:, :, :1].sum())(mx.concatenate([x, x], axis=2))
+    assert close(gradient, plain[:, :, :1])
+
+
 def test_scores_depend_on_the_distance_alone():
     rope, q, k = RotaryEmbedding(8, 1e4, 512, None), normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
     scores = [(rope(q, at + 7) * rope(k, at)).sum().item() for at in (0, 5, 300)]
@@ -175,6 +196,16 @@ def test_the_buffer_doubles_so_that_growth_is_rare():
         cache.update_and_fetch(token, token)
         sizes.add(cache.keys.shape[2])
     assert sorted(sizes) == [2, 4, 8, 16, 32, 64, 128]
+
+
+def test_kept_rows_go_on_where_they_were():
+    keys, values = normal(4, 2, 6, 4), normal(4, 2, 6, 4, seed=1)
+    cache, kept = KVCache(capacity=8), mx.array([3, 1])
+    cache.update_and_fetch(keys[:, :, :5], values[:, :, :5])
+    cache.keep_rows(kept)
+    seen = cache.update_and_fetch(keys[kept][:, :, 5:], values[kept][:, :, 5:])
+    assert mx.array_equal(seen[0], keys[kept])
+    assert mx.array_equal(seen[1], values[kept])
 
 
 def test_a_query_sees_itself_and_the_past():

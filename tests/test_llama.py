@@ -225,3 +225,9 @@ def test_the_rope_of_transformers_5_is_read():
     config = LlamaConfig.from_dict({**old, "rope_parameters": parameters})
     assert config.rope_theta == 500_000.0
     assert config.rope_scaling["rope_type"] == "llama3"
+
+
+def test_all_layers_share_the_rotation_of_a_position():
+    """So a token computes it once, however many layers there are."""
+    model = toy_model(num_hidden_layers=5)
+    assert len({id(layer.self_attn.rope) for layer in model.layers}) == 1

@@ -15,7 +15,10 @@ from workbench.errors import ConfigError, DataError, check_number, check_whole
 from workbench.models.llama import Llama
 from workbench.models.loading import BaseModel, embedding_rows
 
-PREFILL_CHUNK = 512  # prompt tokens that go through the network at once
+# Prompt tokens that go through the network at once. Attention computes the scores of a whole chunk
+# against all keys up to its end, so a longer one spends more on scores that the mask hides.
+PREFILL_CHUNK = 128
+DROP_SHARE = 0.25  # of the rows that are decoded; dropping copies the others' keys and values
 Prompt = str | Sequence[Mapping[str, object]]  # a question, or chat messages
 
 
@@ -143,19 +146,19 @@ def generate_tokens(
     num_steps = min(sampling.max_tokens, _room(base) - longest)
     decode = _Decoder(base.model, prompts, capacity=longest + num_steps)
     key = mx.random.key(sampling.seed)
-    ended = [False] * len(prompts)
+    running = set(range(len(prompts)))
     with evaluating(base.model):
         logits = decode.prefill()
         for step in range(num_steps):
             key, own = mx.random.split(key)
-            tokens = choose(logits, sampling, own)
-            ids = tokens.tolist()
-            ended = [done or number in base.eos_token_ids for done, number in zip(ended, ids)]
-            if all(ended):
+            tokens = _choose_rows(logits, decode.rows, len(prompts), sampling, own)
+            chosen = dict(zip(decode.rows, tokens.tolist()))
+            running = {row for row in running if chosen[row] not in base.eos_token_ids}
+            if not running:
                 return
-            yield [None if done else number for done, number in zip(ended, ids)]
+            yield [chosen[row] if row in running else None for row in range(len(prompts))]
             if step + 1 < num_steps:
-                logits = decode.next(tokens)
+                logits = decode.next(tokens, running)
 
 
 @contextlib.contextmanager
@@ -187,14 +190,30 @@ def choose(logits: mx.array, sampling: SamplingConfig, key: mx.array) -> mx.arra
     return mx.random.categorical(logits, key=key)
 
 
+def _choose_rows(
+    logits: mx.array, rows: Sequence[int], total: int, sampling: SamplingConfig, key: mx.array
+) -> mx.array:
+    """`choose` for some rows of a batch of `total`, with the noise that they have in the whole."""
+    if sampling.temperature == 0 or len(rows) == total:
+        return choose(logits, sampling, key)
+    whole, rows = mx.zeros((total, logits.shape[1]), dtype=logits.dtype), mx.array(rows)
+    whole[rows] = logits
+    return choose(whole, sampling, key)[rows]
+
+
 class _Decoder:
-    """A batch of prompts on its way through a network with a KV cache."""
+    """A batch of prompts on its way through a network with a KV cache.
+
+    Rows that have ended are dropped from the batch once they are DROP_SHARE of it; other
+    architectures than ours keep them to the end, and their tokens are ignored.
+    """
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], capacity: int):
         longest = max(len(ids) for ids in prompts)
         missing = [longest - len(ids) for ids in prompts]
         self.model, self.padding = model, mx.array(missing) if any(missing) else None
         self.tokens = mx.array([[0] * gap + list(ids) for gap, ids in zip(missing, prompts)])
+        self.rows = list(range(len(prompts)))  # prompts that are still in the batch
         if isinstance(model, Llama):
             self.cache = model.make_cache(capacity)
         else:
@@ -206,12 +225,31 @@ class _Decoder:
         """Logits (B, V) after the prompts, which go through the network in chunks."""
         for start in range(0, self.tokens.shape[1], PREFILL_CHUNK):
             logits = self._forward(self.tokens[:, start : start + PREFILL_CHUNK])
-            mx.eval(logits)
+            # Of all chunks but the last only the keys and values are needed, and computed.
+            mx.eval([layer_cache.state for layer_cache in self.cache])
         return logits
 
-    def next(self, tokens: mx.array) -> mx.array:
-        """Logits (B, V) after one more token (B,) each."""
+    def next(self, tokens: mx.array, running: set[int]) -> mx.array:
+        """Logits (rows, V) after one more token (rows,) each.
+
+        Args:
+            tokens: one for each of `rows`, as they are before the call.
+            running: prompts that have not ended; the others may be dropped from `rows`.
+        """
+        num_ended = len(self.rows) - len(running)
+        if num_ended >= DROP_SHARE * len(self.rows) and isinstance(self.model, Llama):
+            kept = [place for place, row in enumerate(self.rows) if row in running]
+            tokens = tokens[mx.array(kept)]
+            self._keep(kept)
         return self._forward(tokens[:, None])
+
+    def _keep(self, places: list[int]) -> None:
+        self.rows = [self.rows[place] for place in places]
+        index = mx.array(places)
+        for layer_cache in self.cache:
+            layer_cache.keep_rows(index)
+        if self.padding is not None:
+            self.padding = self.padding[index]
 
     def _forward(self, tokens: mx.array) -> mx.array:
         if isinstance(self.model, Llama):

@@ -42,6 +42,16 @@ class KVCache:
         self.offset = end
         return self.keys[..., :end, :], self.values[..., :end, :]
 
+    @property
+    def state(self) -> tuple[mx.array | None, mx.array | None]:
+        """The buffers of keys and values, to be evaluated."""
+        return self.keys, self.values
+
+    def keep_rows(self, rows: mx.array) -> None:
+        """Drop all but these rows of the batch; `rows` are their numbers, in the new order."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        mx.eval(self.state)  # one layer's old buffers at a time
+
     def _check(self, keys: mx.array, values: mx.array) -> None:
         if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
             raise WorkbenchError(

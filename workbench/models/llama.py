@@ -39,6 +39,8 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        for layer in self.layers:  # one object, so that a token's rotation is made once
+            layer.self_attn.rope = self.layers[0].self_attn.rope
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
+from workbench.backend import on_gpu
 from workbench.errors import ConfigError, WorkbenchError
 
 
@@ -15,6 +16,10 @@ class RotaryEmbedding:
 
     Rotates the pairs (x[i], x[i + dims / 2]) at position p by the angle p · scale / period[i].
     Holds no parameters; the array of periods stands outside the module tree.
+
+    On a CPU one position alone is rotated by a product with its rotation matrix, which is kept for
+    the next call: MLX computes `mx.fast.rope` there in some fifteen small operations, and a token
+    needs it twice a layer. The layers of a network share one embedding, so it is made once a token.
 
     Args:
         dims: rotated features of a head.
@@ -29,6 +34,7 @@ class RotaryEmbedding:
         self.dims, self.max_positions = dims, max_positions
         self.periods, self.scale = rope_periods(dims, base, scaling)
         mx.eval(self.periods)  # a lazy array belongs to the thread that made it
+        self._kept: tuple[int, mx.array] | None = None  # a position and its rotation (D, D)
 
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
         """Rotate x (B, H, T, D) as the positions [offset : offset + T].
@@ -42,6 +48,11 @@ class RotaryEmbedding:
                 f"positions [{offset} : {end}] are outside this model's {self.max_positions}",
                 cure="Shorten the input, or generate fewer tokens.",
             )
+        if x.shape[-2] == 1 and x.dtype == mx.float32 and self.dims == x.shape[-1] and not on_gpu():
+            return x @ self._rotation(offset)
+        return self._rotate(x, offset)
+
+    def _rotate(self, x: mx.array, offset: int) -> mx.array:
         return mx.fast.rope(
             x,
             self.dims,
@@ -51,6 +62,14 @@ class RotaryEmbedding:
             offset=offset,
             freqs=self.periods,
         )
+
+    def _rotation(self, position: int) -> mx.array:
+        """Matrix (D, D): x @ it rotates x as this position. Row i is the rotated unit vector i."""
+        if self._kept is None or self._kept[0] != position:
+            rotation = self._rotate(mx.eye(self.dims)[:, None], position)[:, 0]
+            mx.eval(rotation)
+            self._kept = position, rotation
+        return self._kept[1]
 
 
 def rope_periods(
