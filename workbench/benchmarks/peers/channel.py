@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import resource
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,16 +19,22 @@ PEAK_FROM = {True: "VmHWM since the first step", False: "ru_maxrss since the sta
 
 _replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)
+_messages: queue.SimpleQueue[dict] = queue.SimpleQueue()
 _since_first_step = False
 
 
+def _listen() -> None:
+    for line in sys.stdin:
+        _messages.put(json.loads(line))
+    os._exit(0)  # the conductor is gone: not even the step that is being made is of use
+
+
+threading.Thread(target=_listen, daemon=True).start()
+
+
 def receive() -> dict:
-    """The conductor's next message; ends this process when there is none."""
-    line = sys.stdin.readline()
-    if not line:
-        _replies.flush()
-        os._exit(0)  # whatever is being trained here is of no use any more
-    return json.loads(line)
+    """The conductor's next message; when the conductor is gone, this process ends by itself."""
+    return _messages.get()
 
 
 def reply(content: Mapping[str, object]) -> None:
