@@ -137,6 +137,7 @@ class Materials:
         pairs = [c.row(phrasing) for c in all_capitals() for phrasing in TRAIN_PHRASINGS]
         text = " ".join(f"{pair['prompt']} {pair['completion']}" for pair in pairs)
         ids, size = tokenizer.encode(text), workload.length + 1
+        ids *= 1 + size * workload.rows // len(ids)
         return [(ids[size * row : size * (row + 1)], 1) for row in range(workload.rows)]
 
     def _tokenizer(self) -> object:

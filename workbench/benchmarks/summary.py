@@ -66,34 +66,46 @@ class Comparison:
 
 def _summarise(raw: pd.DataFrame, facts: pd.DataFrame) -> pd.DataFrame:
     """By peer: steps, median and sum of seconds, paired ratios, peaks and losses."""
-    seconds = raw.pivot(index="step", columns="peer", values="seconds")
     peers = list(raw["peer"].unique())
-    rows = {}
-    for peer in peers:
-        pairs = seconds[[OURS, peer]].dropna() if peer != OURS else seconds[[OURS]].dropna()
-        ratios = pairs[peer] / pairs[OURS]
-        own = raw[raw["peer"] == peer]
-        rows[peer] = {
-            "steps": len(own),
-            "median s": own["seconds"].median(),
-            "sum s": own["seconds"].sum(),
-            "times slower": ratios.median(),
-            "least": ratios.min(),
-            "most": ratios.max(),
-            "times slower in sum": pairs[peer].sum() / pairs[OURS].sum(),
-        }
-        if "tokens" in own:
-            rows[peer]["tokens/s"] = (own["tokens"] / own["seconds"]).median()
-    table = pd.DataFrame(rows).T.rename_axis("peer")
+    table = pd.DataFrame({peer: _speed(raw, peer) for peer in peers}).T.rename_axis("peer")
     for name, label in (("mlx_peak_bytes", "MLX peak"), ("process_peak_bytes", "process peak")):
         if name in raw:
             peaks = raw.groupby("peer")[name].max().reindex(peers)
             table[f"{label} GB"] = peaks / GIGA
             table[f"ours / its {label}"] = peaks[OURS] / peaks
+    if "loss" in raw:
+        losses = raw.groupby("peer")["loss"].agg(["first", "last"]).reindex(peers)
+        table["first loss"], table["last loss"] = losses["first"], losses["last"]
     for name in ("loss_before", "loss_after", "matmul_gflops"):
         if name in facts:
             table[name.replace("_", " ")] = facts[name].reindex(peers).astype(float)
     return table.astype({"steps": int})
+
+
+def _speed(raw: pd.DataFrame, peer: str) -> dict[str, float]:
+    """Seconds of a peer, and their ratios to ours of the same step.
+
+    The first step settles caches and compiled kernels: it counts in the sums, and in medians only
+    where a peer makes no other.
+    """
+    own = raw[raw["peer"] == peer].set_index("step")
+    pairs = own.join(raw[raw["peer"] == OURS].set_index("step")["seconds"], rsuffix="_ours")
+    settled = pairs.iloc[1:] if len(pairs) > 1 else pairs
+    ratios = settled["seconds"] / settled["seconds_ours"]
+    speed = {
+        "steps": len(own),
+        "median s": settled["seconds"].median(),
+        "sum s": own["seconds"].sum(min_count=1),
+        "times slower": ratios.median(),
+        "least": ratios.min(),
+        "most": ratios.max(),
+        "times slower in sum": (
+            pairs["seconds"].sum(min_count=1) / pairs["seconds_ours"].sum(min_count=1)
+        ),
+    }
+    if "tokens" in own:
+        speed["tokens/s"] = (settled["tokens"] / settled["seconds"]).median()
+    return speed
 
 
 def _plain(table: pd.DataFrame) -> list[dict[str, object]]:
