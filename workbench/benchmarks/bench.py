@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import pandas as pd
 
@@ -23,16 +25,20 @@ Show = Callable[[str], None]
 class Benchmark:
     """Holds the weights that all peers load; a context manager, or call `close` at the end.
 
+    There is one at a time: a new one closes the one that this process had before.
+
     Args:
         model: name or place of a Llama-family model.
         layers: of it that are used, from the first; None for all.
         peers: that take part beside ours, of those that can; `left_out` says which cannot, and why.
-        show: is called with a line on what is running now.
+        show: is called with a line on what is running now; may be replaced.
 
     Raises:
-        BenchmarkError: another benchmark is running on this machine.
+        BenchmarkError: another process runs a benchmark on this machine.
         ConfigError: an unknown peer.
     """
+
+    _open: ClassVar[Benchmark | None] = None
 
     def __init__(
         self,
@@ -48,8 +54,12 @@ class Benchmark:
             raise ConfigError(f"no peers {unknown}", cure=f"There are {', '.join(PEERS)}.")
         self.left_out = {p: reason for p, reason in left_out().items() if p in wanted}
         self.peers = tuple(p for p in PEERS if p in wanted and p not in self.left_out)
-        self._show, self._stack = show, contextlib.ExitStack()
+        self.show, self._stack = show, contextlib.ExitStack()
+        if Benchmark._open is not None:
+            Benchmark._open.close()
         self._materials = Materials(self._stack.enter_context(own_folder()), model, layers)
+        Benchmark._open = self
+        atexit.register(self.close)  # a notebook may end before its last cell
 
     def __enter__(self) -> Benchmark:
         return self
@@ -74,15 +84,15 @@ class Benchmark:
         known = WORKLOADS[workload] if isinstance(workload, str) else workload
         workload = dataclasses.replace(known, **changes)
         started = time.perf_counter()
-        self._show(f"{workload.name}: weights and rows")
+        self.show(f"{workload.name}: weights and rows")
         serves = workload.kind == "serve"
         given = self._materials.model() if serves else self._materials.write_job(workload)
         measure = serve_in_turn if serves else train_in_turn
         with contextlib.ExitStack() as stack:
             peers = [peer for peer in self.peers if peer in workload.peers]
             workers = [stack.enter_context(Worker(peer)) for peer in peers]
-            raw, facts = measure(workload, workers, given, self._show)
+            raw, facts = measure(workload, workers, given, self.show)
         seconds = time.perf_counter() - started
-        self._show(f"{workload.name}: done in {seconds:.0f} s")
+        self.show(f"{workload.name}: done in {seconds:.0f} s")
         out = {p: reason for p, reason in self.left_out.items() if p in workload.peers}
         return Comparison(workload, pd.DataFrame(raw), pd.DataFrame(facts).T, out, seconds)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from workbench.benchmarks.workers import Worker
 from workbench.benchmarks.workloads import Workload
+from workbench.errors import BenchmarkError
 
-MAX_TOKENS = 64
+LOADS = 2  # for each generation
 SUBJECTS = (  # long answers: none ends within the tokens that are asked for
     "the sea",
     "a mountain railway",
@@ -34,6 +35,9 @@ def serve_in_turn(
 
     Returns:
         A row for each turn of each peer (what, seconds, tokens), and facts by peer.
+
+    Raises:
+        BenchmarkError: a peer failed, or generated more or fewer tokens than were asked for.
     """
     for worker in workers:
         worker.send("load", model=str(model))
@@ -42,16 +46,36 @@ def serve_in_turn(
     facts = {worker.peer: worker.ask("describe") for worker in workers}
     raw = []
     asked = (
-        ("load", "load", {"model": str(model)}),
-        ("generate 1", "generate", {"prompts": PROMPTS[:1], "max_tokens": MAX_TOKENS}),
-        ("generate 8", "generate", {"prompts": PROMPTS, "max_tokens": MAX_TOKENS}),
+        ("load", LOADS, {"do": "load", "model": str(model)}),
+        (
+            "generate 1",
+            1,
+            {"do": "generate", "prompts": PROMPTS[:1], "max_tokens": workload.length},
+        ),
+        ("generate 8", 1, {"do": "generate", "prompts": PROMPTS, "max_tokens": workload.length}),
     )
-    for what, do, values in asked:
-        for turn in range(workload.epochs):
+    for what, times, message in asked:
+        for turn in range(1, 1 + times * workload.epochs):
             for worker in workers:
-                show(f"{workload.name}: {what}, turn {turn + 1}, {worker.peer}")
+                show(f"{workload.name}: {what}, turn {turn}, {worker.peer}")
                 row = {"workload": workload.name, "peer": worker.peer, "what": what, "step": turn}
-                answer = worker.ask(do, **values)
-                facts[worker.peer][f"{what} texts"] = answer.pop("texts", [])
-                raw.append(row | answer)
+                row |= worker.ask(**message)
+                if "texts" in row:
+                    facts[worker.peer][f"{what} texts"] = row.pop("texts")
+                    require_all_tokens(row, len(message["prompts"]), workload.length)
+                raw.append(row)
     return raw, facts
+
+
+def require_all_tokens(row: Mapping[str, object], prompts: int, tokens: int) -> None:
+    """Refuse an answer that ended early: fewer tokens were made in the time.
+
+    Raises:
+        BenchmarkError: names the peer and both numbers.
+    """
+    if row["tokens"] != tokens * prompts:
+        raise BenchmarkError(
+            f"generated {row['tokens']} tokens instead of {prompts} × {tokens}",
+            where=row["peer"],
+            cure="Take another model: an answer of this one ends early.",
+        )

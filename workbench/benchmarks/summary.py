@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
 
-from workbench.benchmarks.workloads import OURS, Workload
+from workbench.benchmarks.workloads import MLX_LM, MLX_LM_BLAS, OURS, TORCH_BF16, Workload
 
 GIGA = 1e9
 
@@ -34,16 +35,35 @@ class Comparison:
         tables = {what: _summarise(rows, self.facts) for what, rows in self.raw.groupby("what")}
         return pd.concat(tables, names=["what", "peer"])
 
-    def ratio(self, peer: str, column: str = "times slower") -> float:
-        """One number of the summary; NaN if the peer was left out."""
+    @property
+    def start_gap(self) -> float:
+        """Largest difference of a float32 peer's loss from ours before the first step, in nats."""
+        return self._gap("first loss", "loss before", TORCH_BF16)
+
+    @property
+    def end_gap(self) -> float:
+        """The same after the last step, of the peers that made every step.
+
+        With padding mlx-lm trains other targets, and so goes another way: it is left out there.
+        """
+        padded = (MLX_LM, MLX_LM_BLAS) if self.workload.kind == "chat" else ()
+        return self._gap("last loss", "loss after", TORCH_BF16, *padded, whole=True)
+
+    def _gap(self, text: str, chat: str, *without: str, whole: bool = False) -> float:
+        if self.workload.kind == "serve":
+            return 0.0
         table = self.summary
-        return float(table.loc[peer, column]) if peer in table.index else float("nan")
+        if whole:
+            table = table[table["steps"] == table.loc[OURS, "steps"]]
+        losses = table[chat if self.workload.kind == "chat" else text]
+        losses = losses.drop(list(without), errors="ignore")
+        return float((losses - losses[OURS]).abs().max())
 
     def record(self) -> dict[str, object]:
         """Everything as plain data, for a JSON file."""
         return {
             "workload": self.workload.name,
-            "title": self.workload.title,
+            "heading": self.workload.heading,
             "seconds": round(self.seconds, 1),
             "left out": self.left_out,
             "summary": _plain(self.summary.reset_index()),
@@ -61,7 +81,27 @@ class Comparison:
 
     def _heading(self) -> str:
         out = "".join(f"; without {peer}: {reason}" for peer, reason in self.left_out.items())
-        return f"{self.workload.name}: {self.workload.title} ({self.seconds:.0f} s){out}"
+        return f"{self.workload.heading} ({self.seconds:.0f} s){out}"
+
+
+def headlines(results: Iterable[Comparison]) -> pd.DataFrame:
+    """One table of all workloads: a row for each peer, with the ratio that counts.
+
+    That is the median of paired steps where all steps are alike, and the ratio of the sums where
+    an epoch is measured: its batches differ, and what is computed once must be paid for.
+    """
+    tables = []
+    for result in results:
+        table = result.summary.reset_index()
+        in_sum = result.workload.kind == "chat"
+        table["ratio"] = table["times slower in sum" if in_sum else "times slower"]
+        name, _, title = result.workload.heading.partition(": ")
+        table.insert(0, "workload", name)
+        table.insert(1, "title", title)
+        if "what" in table:
+            table["title"] = table.pop("what")
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
 def _summarise(raw: pd.DataFrame, facts: pd.DataFrame) -> pd.DataFrame:
@@ -95,13 +135,11 @@ def _speed(raw: pd.DataFrame, peer: str) -> dict[str, float]:
     speed = {
         "steps": len(own),
         "median s": settled["seconds"].median(),
-        "sum s": own["seconds"].sum(min_count=1),
+        "sum s": own["seconds"].sum(),
         "times slower": ratios.median(),
         "least": ratios.min(),
         "most": ratios.max(),
-        "times slower in sum": (
-            pairs["seconds"].sum(min_count=1) / pairs["seconds_ours"].sum(min_count=1)
-        ),
+        "times slower in sum": (pairs["seconds"].sum() / pairs["seconds_ours"].sum()),
     }
     if "tokens" in own:
         speed["tokens/s"] = (settled["tokens"] / settled["seconds"]).median()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from workbench.benchmarks.workers import Worker, is_slow_without_blas
@@ -36,13 +35,15 @@ def train_in_turn(workload: Workload, workers: Sequence[Worker], job: Path, show
     facts = _set_up(workers, job)
     for worker in asked:
         facts[worker.peer]["loss_before"] = worker.ask("loss")["loss"]
-    _require_equal({w.peer: facts[w.peer]["loss_before"] for w in asked}, OURS)
+    require_equal({w.peer: facts[w.peer]["loss_before"] for w in asked}, OURS)
     raw, started = [], time.perf_counter()
     for step in range(steps):
         turn = [worker for worker in workers if step < limits[worker.peer]]
-        say = f"{workload.name}: step {step + 1} of {steps}"
-        for peer, answer in _step(turn, step, workload.at_once, say, started, show):
-            raw.append({"workload": workload.name, "peer": peer, "step": step + 1, **answer})
+        for worker in turn:
+            spent = time.perf_counter() - started
+            show(f"{workload.name}: step {step + 1} of {steps}, {worker.peer} ({spent:.0f} s)")
+            row = {"workload": workload.name, "peer": worker.peer, "step": step + 1}
+            raw.append(row | worker.ask("step", first=not step))
         for worker in turn:
             if step + 1 == limits[worker.peer] < steps:
                 worker.close()  # its memory is for the others
@@ -63,22 +64,6 @@ def _set_up(workers: Sequence[Worker], job: Path) -> dict[str, dict]:
     return {worker.peer: facts[worker.peer] | worker.ask("describe") for worker in workers}
 
 
-def _step(
-    turn: Sequence[Worker], step: int, at_once: bool, say: str, started: float, show: Show
-) -> Iterator[tuple[str, dict]]:
-    """One step of each peer: (peer, answer), in turn or all at once."""
-    if at_once:
-        show(f"{say}, {len(turn)} peers at once")
-        for worker in turn:
-            worker.send("step", first=not step)
-        for worker in turn:
-            yield worker.peer, worker.receive() | {"seconds": math.nan}
-        return
-    for worker in turn:
-        show(f"{say}, {worker.peer} ({time.perf_counter() - started:.0f} s)")
-        yield worker.peer, worker.ask("step", first=not step)
-
-
 def _limit(workload: Workload, peer: str, steps: int) -> int:
     """Steps that a peer makes; fewer than all only where the wheel's BLAS makes it very slow."""
     most = workload.most_steps.get(peer, steps) if is_slow_without_blas() else steps
@@ -89,12 +74,17 @@ def _check_first_losses(losses: dict[str, float], kind: str) -> None:
     # mlx-lm counts a target of the padding as well: its two forms agree with each other.
     mlx_lm = {peer: losses[peer] for peer in (MLX_LM_BLAS, MLX_LM) if peer in losses}
     if kind == "text":
-        _require_equal(losses, OURS)
+        require_equal(losses, OURS)
     elif len(mlx_lm) == 2:
-        _require_equal(mlx_lm, MLX_LM_BLAS)
+        require_equal(mlx_lm, MLX_LM_BLAS)
 
 
-def _require_equal(losses: dict[str, float], reference: str) -> None:
+def require_equal(losses: Mapping[str, float], reference: str) -> None:
+    """Refuse peers whose first loss is not that of the reference; bfloat16 may be further away.
+
+    Raises:
+        BenchmarkError: names the peer and both losses.
+    """
     for peer, loss in losses.items():
         allowed = COARSE if peer == TORCH_BF16 else TOLERANCE
         if not abs(loss - losses[reference]) <= allowed:

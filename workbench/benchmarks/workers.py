@@ -111,6 +111,11 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
+
     def send(self, do: str, **values: object) -> None:
         """Ask for something without waiting."""
         with contextlib.suppress(BrokenPipeError):  # its death is told by `receive`

@@ -33,20 +33,24 @@ class Workload:
     """One piece of work that every peer does alike."""
 
     name: str
-    title: str
+    title: str  # with {rows} and {length} where they stand
     peers: tuple[str, ...]
     kind: str = "text"  # "text": rows of `length` inputs, all supervised; "chat"; or "serve"
     rows: int = 4  # that are trained
     batch_size: int = 4  # rows of a step
-    length: int = 256  # inputs of a text row
+    length: int = 256  # inputs of a text row; of W5, tokens of an answer
     epochs: int = 1  # times that every row is used
     targets: tuple[str, ...] = SEVEN  # of a LoRA adapter of rank 8
     num_layers: int | None = None  # the last N; None: all
     head_only: bool = False  # an untied lm_head trains, and there is no adapter
     learning_rate: float = 5e-4
     grad_checkpoint: bool = False
-    at_once: bool = False  # only peaks count: all peers step at the same time
     most_steps: Mapping[str, int] = field(default_factory=dict)  # of a peer that is very slow
+
+    @property
+    def heading(self) -> str:
+        """Name and title, with the numbers as they are."""
+        return f"{self.name}: {self.title.format(rows=self.rows, length=self.length)}"
 
 
 WORKLOADS = {
@@ -54,7 +58,7 @@ WORKLOADS = {
     for workload in (
         Workload(
             "W1",
-            "4 × 256 tokens, all supervised, LoRA on q and v",
+            "{rows} × {length} tokens, all supervised, LoRA on q and v",
             (OURS, MLX_LM_BLAS, TORCH, TORCH_BF16, MLX_LM),
             epochs=3,
             targets=("q_proj", "v_proj"),
@@ -74,7 +78,7 @@ WORKLOADS = {
             "chat, last 4 layers only, five epochs",
             (OURS, MLX_LM_BLAS, TORCH),
             kind="chat",
-            rows=CHAT_ROWS // 2,
+            rows=CHAT_ROWS // 3,
             batch_size=8,
             epochs=5,
             num_layers=4,
@@ -84,7 +88,7 @@ WORKLOADS = {
             "chat, head only, five epochs",
             (OURS, MLX_LM_BLAS, TORCH),
             kind="chat",
-            rows=CHAT_ROWS // 2,
+            rows=CHAT_ROWS // 3,
             batch_size=8,
             epochs=5,
             head_only=True,
@@ -92,30 +96,29 @@ WORKLOADS = {
         ),
         Workload(
             "W4a",
-            "1 × 2048 tokens, LoRA on q and v",
+            "{rows} × {length} tokens, LoRA on q and v",
             (OURS, MLX_LM_BLAS),
             rows=1,
             batch_size=1,
             length=2048,
             targets=("q_proj", "v_proj"),
-            at_once=True,
         ),
         Workload(
             "W4b",
-            "1 × 2048 tokens with gradient checkpointing",
+            "{rows} × {length} tokens with gradient checkpointing",
             (OURS, MLX_LM_BLAS),
             rows=1,
             batch_size=1,
             length=2048,
             targets=("q_proj", "v_proj"),
             grad_checkpoint=True,
-            at_once=True,
         ),
         Workload(
             "W5",
-            "loading, and greedy generation of 64 tokens",
+            "loading, and greedy generation of {length} tokens",
             (OURS, MLX_LM_BLAS, TORCH),
             kind="serve",
+            length=64,
             epochs=2,
         ),
     )
