@@ -20,7 +20,7 @@ from workbench.benchmarks import serving, training
 from workbench.benchmarks.bench import Benchmark
 from workbench.benchmarks.materials import Materials
 from workbench.benchmarks.summary import Comparison, headlines
-from workbench.benchmarks.workers import Worker, is_slow_without_blas, left_out
+from workbench.benchmarks.workers import SCRIPTS, Worker, is_slow_without_blas, left_out
 from workbench.benchmarks.workloads import (
     MLX_LM,
     MLX_LM_BLAS,
@@ -39,6 +39,16 @@ pytestmark = pytest.mark.real
 OTHER = MLX_LM_BLAS if is_slow_without_blas() else MLX_LM  # mlx-lm at its full speed
 TINY = dataclasses.replace(WORKLOADS["W2"], rows=5, batch_size=4, epochs=2)
 PYTHON = [sys.executable, "-c"]
+PEER = f"""
+import os, sys, time
+sys.path.insert(0, {str(SCRIPTS)!r})
+import channel
+class Peer:
+    def describe(self):
+        {{}}
+        return {{{{"device": "a"}}}}
+channel.serve(Peer())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +60,7 @@ def lines():
 @pytest.fixture(scope="module")
 def bench(lines):
     """Two layers of SmolLM2."""
-    with Benchmark(layers=2, peers=[OURS, OTHER, TORCH], show=lines.append) as opened:
+    with Benchmark(layers=2, peers=[OURS, OTHER], show=lines.append) as opened:
         yield opened
 
 
@@ -81,11 +91,9 @@ def test_all_peers_do_the_same_work(chat):
     assert chat.start_gap < 1e-4
     table = chat.summary
     assert (table["loss after"] < table["loss before"] - 0.1).all(), "a peer did not learn"
-    # Unpadded, the one row of the second batch: even mlx-lm counts what the others count.
-    second = chat.raw[chat.raw["step"] == 2].set_index("peer")["loss"]
-    assert (second - second[OURS]).abs().max() < 0.05
 
 
+@pytest.mark.long
 def test_text_goes_the_same_way_step_by_step(bench):
     text = bench.run("W1", epochs=3, length=12)
     losses = text.raw.pivot(index="step", columns="peer", values="loss")
@@ -95,7 +103,8 @@ def test_text_goes_the_same_way_step_by_step(bench):
     assert text.end_gap < 2e-3
 
 
-@pytest.mark.parametrize("name", ["W3a", "W3b", "W4b"])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["W3a", "W3b", "W4a", "W4b"])
 def test_every_other_training_runs_and_starts_alike(bench, name):
     small = {"rows": 1, "batch_size": 1, "epochs": 2, "length": 8}
     result = bench.run(name, **small)
@@ -112,13 +121,15 @@ def test_peaks_are_those_of_the_process_and_of_mlx(chat):
     assert peaks["MLX peak GB"][[OURS, OTHER]].notna().all()
 
 
+@pytest.mark.long
 def test_every_peer_loads_and_generates_as_much(bench):
     served = bench.run("W5", epochs=1, length=4)
     table = served.raw.set_index(["what", "peer"])
     for what, tokens in (("generate 1", 4), ("generate 8", 32)):
         assert set(table.loc[what, "tokens"]) == {tokens}
-        texts = [known[f"{what} texts"] for _, known in served.facts.iterrows()]
-        assert all(other == texts[0] for other in texts), "greedy answers differ"
+        for _, known in served.facts.iterrows():  # mlx-lm's stream leaves out a first space
+            texts = [text.strip() for text in known[f"{what} texts"]]
+            assert texts == [text.strip() for text in served.facts[f"{what} texts"][OURS]]
     assert set(table.loc["load"].index) == set(bench.peers)
 
 
@@ -135,8 +146,7 @@ def test_only_one_mlx_lm_has_our_blas(peer, expected):
         worker.ask("describe")
         maps = Path(f"/proc/{worker.pid}/maps").read_text()
         assert (Path(load_blas().path).name in maps) is expected
-        assert ("libmlx" in maps) is True
-        assert "workbench/__init__" not in maps
+        assert "libmlx" in maps
 
 
 def test_weights_are_the_same_everywhere(bench, smollm2):
@@ -156,7 +166,7 @@ def test_weights_are_the_same_everywhere(bench, smollm2):
 
 def test_interrupt_ends_every_peer(bench):
     def interrupt(text):
-        if "step 2" in text:
+        if "load the weights" in text:
             raise KeyboardInterrupt
 
     bench.show, before = interrupt, bench.show
@@ -173,16 +183,16 @@ def test_second_benchmark_of_another_process_is_refused(bench):
     assert "another benchmark is running" in process.run(code).err
 
 
-def test_peers_end_with_their_conductor():
+def test_a_peer_ends_with_its_conductor_in_the_middle_of_a_step():
     parent = process.start(f"""
-        from workbench.benchmarks.workers import Worker; import time
-        worker = Worker({OURS!r}); worker.ask("describe")
-        print(worker.pid, flush=True); time.sleep(60)
+        import sys; from workbench.benchmarks.workers import Worker
+        worker = Worker({OURS!r}, [sys.executable, "-c", {PEER.format("time.sleep(60)")!r}])
+        worker.send("describe"); print(worker.pid, flush=True); worker.receive()
     """)
-    child = psutil.Process(int(parent.stdout.readline()))
+    peer = psutil.Process(int(parent.stdout.readline()))
     parent.kill()
     process.finish(parent)
-    assert psutil.wait_procs([child], timeout=10)[1] == []
+    assert psutil.wait_procs([peer], timeout=10)[1] == []
 
 
 def test_dead_peer_is_named_with_its_last_words():
@@ -210,15 +220,8 @@ def test_peer_that_talks_is_named():
 
 
 def test_what_libraries_print_does_not_disturb_the_channel():
-    channel = Path(training.__file__).parent / "peers"
-    code = (
-        f"import sys; sys.path.insert(0, {str(channel)!r}); import channel, os\n"
-        "class Peer:\n"
-        "    def describe(self):\n"
-        "        print('chatter'); os.system('echo more chatter'); return {'device': 'a'}\n"
-        "channel.serve(Peer())"
-    )
-    with Worker(OURS, [*PYTHON, code]) as worker:
+    chatter = "print('chatter'); os.system('echo more chatter')"
+    with Worker(OURS, [*PYTHON, PEER.format(chatter)]) as worker:
         assert worker.ask("describe") == {"device": "a"}
 
 
@@ -284,4 +287,22 @@ def test_the_cache_is_as_before(bench):
     assert folder.is_dir()
     bench.close()
     assert not folder.exists()
-    assert workers() == []
+    with pytest.raises(BenchmarkError, match="closed"):
+        bench.run(TINY)
+
+
+def test_a_new_benchmark_takes_the_place_of_the_one_before(lines):
+    with Benchmark(layers=2) as first, Benchmark(layers=2, show=lines.append):
+        with pytest.raises(BenchmarkError, match="closed"):
+            first.run(TINY)
+        assert (cache_folder() / "benchmark").is_dir()
+
+
+@pytest.mark.long
+def test_torch_goes_our_way_through_padded_rows():
+    pytest.importorskip("peft")
+    with Benchmark(layers=2, peers=[TORCH, TORCH_BF16]) as bench:
+        padded = dataclasses.replace(TINY, peers=(OURS, TORCH, TORCH_BF16))
+        losses = bench.run(padded).raw.pivot(index="step", columns="peer", values="loss")
+    assert (losses[TORCH] - losses[OURS]).abs().max() < 2e-3
+    assert (losses[TORCH_BF16] - losses[OURS]).abs().max() < 0.2

@@ -17,7 +17,7 @@ from workbench.benchmarks.summary import Comparison
 from workbench.benchmarks.training import train_in_turn
 from workbench.benchmarks.workers import Worker, left_out
 from workbench.benchmarks.workloads import OURS, PEERS, WORKLOADS, Workload
-from workbench.errors import ConfigError
+from workbench.errors import BenchmarkError, ConfigError
 
 Show = Callable[[str], None]
 
@@ -69,6 +69,8 @@ class Benchmark:
 
     def close(self) -> None:
         """Remove the weights from the disk, and let another benchmark begin."""
+        if Benchmark._open is self:
+            Benchmark._open = None
         self._stack.close()
 
     def run(self, workload: str | Workload, **changes: object) -> Comparison:
@@ -79,8 +81,11 @@ class Benchmark:
             changes: of its fields, such as rows=16 or epochs=1.
 
         Raises:
-            BenchmarkError: a peer died, hung, or did not start from the same loss.
+            BenchmarkError: this benchmark is closed, or a peer died, hung, or did not start from the
+                same loss.
         """
+        if Benchmark._open is not self:
+            raise BenchmarkError("this benchmark is closed", cure="Open a new one.")
         known = WORKLOADS[workload] if isinstance(workload, str) else workload
         workload = dataclasses.replace(known, **changes)
         started = time.perf_counter()

@@ -39,20 +39,16 @@ def serve_in_turn(
     Raises:
         BenchmarkError: a peer failed, or generated more or fewer tokens than were asked for.
     """
-    for worker in workers:
-        worker.send("load", model=str(model))
-    for worker in workers:
-        worker.receive()
-    facts = {worker.peer: worker.ask("describe") for worker in workers}
-    raw = []
+    facts, raw = _warm(workers, model), []
+    wanted = {"do": "generate", "max_tokens": workload.length}
     asked = (
         ("load", LOADS, {"do": "load", "model": str(model)}),
         (
             "generate 1",
             1,
-            {"do": "generate", "prompts": PROMPTS[:1], "max_tokens": workload.length},
+            {"prompts": PROMPTS[:1], **wanted},
         ),
-        ("generate 8", 1, {"do": "generate", "prompts": PROMPTS, "max_tokens": workload.length}),
+        ("generate 8", 1, {"prompts": PROMPTS, **wanted}),
     )
     for what, times, message in asked:
         for turn in range(1, 1 + times * workload.epochs):
@@ -65,6 +61,14 @@ def serve_in_turn(
                     require_all_tokens(row, len(message["prompts"]), workload.length)
                 raw.append(row)
     return raw, facts
+
+
+def _warm(workers: Sequence[Worker], model: Path) -> dict[str, dict]:
+    for worker in workers:
+        worker.send("load", model=str(model))
+    for worker in workers:
+        worker.receive()
+    return {worker.peer: worker.ask("describe") for worker in workers}
 
 
 def require_all_tokens(row: Mapping[str, object], prompts: int, tokens: int) -> None:

@@ -129,7 +129,7 @@ def _speed(raw: pd.DataFrame, peer: str) -> dict[str, float]:
     where a peer makes no other.
     """
     own = raw[raw["peer"] == peer].set_index("step")
-    pairs = own.join(raw[raw["peer"] == OURS].set_index("step")["seconds"], rsuffix="_ours")
+    pairs = own.assign(seconds_ours=raw[raw["peer"] == OURS].set_index("step")["seconds"])
     settled = pairs.iloc[1:] if len(pairs) > 1 else pairs
     ratios = settled["seconds"] / settled["seconds_ours"]
     speed = {
