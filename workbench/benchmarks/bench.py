@@ -81,7 +81,7 @@ class Benchmark:
             changes: of its fields, such as rows=16 or epochs=1.
 
         Raises:
-            BenchmarkError: this one is closed, or a peer died, hung, or did not start from our loss.
+            BenchmarkError: this one is closed, or a peer died, hung or starts from another loss.
         """
         if Benchmark._open is not self:
             raise BenchmarkError("this benchmark is closed", cure="Open a new one.")
