@@ -5,8 +5,9 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	&& echo $$p && break; done)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers-installed
 
-.PHONY: quickstart test test-long test-browser faults lab notebooks lint clean
+.PHONY: quickstart test test-long test-browser faults benchmark lab notebooks lint clean
 
 quickstart: $(INSTALLED)  ## fine-tune a real model, and show the result
 	$(BIN)/python -m workbench.runs.notebooks notebooks/00_quickstart.ipynb --out build --echo -p verbose True
@@ -24,11 +25,15 @@ test-browser: $(INSTALLED)  ## the live panel in JupyterLab and Chromium, if the
 faults: $(INSTALLED)  ## what kills, full disks, hostile files and bad numbers did: a table
 	$(BIN)/python -m pytest -m "not browser" tests/faults tests/test_resume.py tests/test_bad_steps.py tests/test_interrupts.py
 
+benchmark: $(PEERS)  ## against mlx-lm and torch with PEFT: about 13 minutes on two CPU cores
+	$(BIN)/python -m workbench.runs.notebooks notebooks/09_benchmark.ipynb --out build --echo -p verbose True
+	@echo "The executed notebook: build/09_benchmark.ipynb; the figures: notebooks/out/benchmark.json"
+
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=.
 
-notebooks: $(INSTALLED)  ## execute every notebook anew, in place
-	$(BIN)/python -m workbench.runs.notebooks notebooks/*.ipynb
+notebooks: $(INSTALLED)  ## execute every notebook anew, in place; the benchmark has its own target
+	$(BIN)/python -m workbench.runs.notebooks $(filter-out notebooks/09_%,$(wildcard notebooks/*.ipynb))
 
 lint: $(INSTALLED)  ## ruff, on code and notebooks
 	$(BIN)/ruff check .
@@ -45,4 +50,9 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install -qq -e ".[dev]"
+	@touch $@
+
+$(PEERS): $(INSTALLED)
+	@echo "Installing torch and PEFT into $(VENV)"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[benchmarks]"
 	@touch $@

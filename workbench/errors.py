@@ -60,6 +60,10 @@ class NotFiniteError(TrainingError):
     """Loss or gradients of a step are NaN or infinite; the step was not made."""
 
 
+class BenchmarkError(WorkbenchError):
+    """A peer of the benchmark cannot be measured, or did not do the same work."""
+
+
 class RunError(WorkbenchError):
     """A run folder cannot be used."""
 
