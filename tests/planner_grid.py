@@ -101,7 +101,10 @@ SMALL = (  # seconds
     Case("qwen3"),
     Case("wide"),
     Case("words"),
-    Case("words", settings={"fused_loss": True}),
+    Case("words", settings={"fused_loss": False}),
+    Case("words", rows=6, length=100, settings={"mode": "full"}),  # two chunks and blocks
+    Case("toy", rows=3, length=200),
+    Case("toy", rows=2, length=130, settings={"mode": "head"}),
 )
 LARGE = (  # a minute
     Case("toy", rows=8),
@@ -114,7 +117,15 @@ LARGE = (  # a minute
     Case("deep", length=128, settings={"grad_checkpoint": True}),
     Case("wide", rows=1, length=16, settings={"mode": "full"}),
     Case("words", settings={"mode": "head", "supervised": 0.5}),
-    Case("words", rows=12, settings={"fused_loss": True}),
+    Case("words", rows=12),
+    Case("words", rows=8, length=128),
+    Case("words", rows=8, length=128, settings={"mode": "head"}),
+    Case("words", rows=16, length=128, settings={"mode": "full", "grad_checkpoint": True}),
+    Case("words", rows=5, length=100, settings={"mode": "full", "grad_accum_steps": 2}),
+    Case("words", settings={"mode": "full", "fused_loss": False}),
+    Case("wide", rows=2, length=200),
+    Case("deep", rows=2, length=150),
+    Case("toy", rows=2, length=500, settings={"grad_checkpoint": True}),
     Case(REAL, rows=1, length=32),
     Case(REAL, rows=2, length=64),
     Case(REAL, rows=4, length=32, lora={"num_layers": 4}),
@@ -124,7 +135,8 @@ LARGE = (  # a minute
     Case(REAL, rows=1, length=128, settings={"supervised": 0.3}),
     Case(REAL, rows=1, length=32, settings={"grad_accum_steps": 2}),
     Case(REAL, rows=1, length=96, settings={"grad_checkpoint": True}),
-    Case(REAL, rows=2, length=96, settings={"fused_loss": True}),
+    Case(REAL, rows=2, length=96, settings={"fused_loss": False}),
+    Case(REAL, rows=2, length=160, settings={"supervised": 0.5}),
     Case(REAL, rows=2, length=32, settings={"mode": "head"}),
 )
 

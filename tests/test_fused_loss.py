@@ -14,7 +14,7 @@ from workbench.data.batches import collate
 from workbench.errors import ConfigError, FallbackWarning
 from workbench.models.llama import Llama
 from workbench.models.llama_config import LlamaConfig
-from workbench.probes.planning.network import chunk_positions
+from workbench.probes.planning.losses import chunk_positions
 from workbench.tuning.config import TrainConfig
 from workbench.tuning.fused_loss import fused_cross_entropy
 from workbench.tuning.lora import LoRAConfig, LoRALinear

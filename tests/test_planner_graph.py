@@ -7,8 +7,9 @@ import gc
 import mlx.core as mx
 import pytest
 
+from workbench.probes.planning.arrays import FLOAT32
 from workbench.probes.planning.derivatives import gradients
-from workbench.probes.planning.graph import FLOAT32, Graph
+from workbench.probes.planning.graph import Graph
 from workbench.probes.planning.schedule import evaluation_order, fullest_moment
 
 SIZE = 384  # rows and columns: 0.6 MB an array, so that MLX's thread is busy

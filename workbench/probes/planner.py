@@ -32,7 +32,7 @@ def plan_memory(
     supervised: float = 1.0,  # share of positions with a target; logits are computed there only
     grad_accum_steps: int = 1,  # micro-batches a step
     grad_checkpoint: bool = False,  # keep each layer's input only, and compute the layer again
-    fused_loss: bool = False,  # cross-entropy over 128 positions at a time
+    fused_loss: bool | None = None,  # logits of some positions at a time; None: where possible
     dtype: mx.Dtype | str | None = None,  # of the base; None for load_model's on that machine
     bits: int | None = None,  # of a quantised base; None for the file's on a GPU, plain on a CPU
     machine: Machine | None = None,  # None for this one
@@ -56,7 +56,7 @@ def plan_memory(
     rows = {"micro_batch_size": micro_batch_size, "length": length, "supervised": supervised}
     how = {"grad_accum_steps": grad_accum_steps, "grad_checkpoint": grad_checkpoint}
     what = {"mode": mode, "bits": bits, "fused_loss": fused_loss}
-    request = make_request(model, lora, dtype, machine.gpu, **rows, **how, **what)
+    request = make_request(model, lora, dtype, machine, **rows, **how, **what)
     return MemoryPlan(request, machine, limit, leak_bytes_per_step)
 
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from workbench.errors import ConfigError
 from workbench.models.forms import exponential
 from workbench.models.structure import find_layers
-from workbench.probes.planning.network import chunk_positions
+from workbench.probes.planning.losses import chunk_positions
 
 ChunkLoss = Callable[[mx.array, dict, mx.array], mx.array]
 

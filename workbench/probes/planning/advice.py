@@ -91,7 +91,7 @@ def levers(plan: MemoryPlan) -> Iterator[Sequence[Settings]]:
         yield [{"micro_batch_size": n, "grad_accum_steps": -(-rows // n)} for n in sizes]
     if not request.grad_checkpoint:
         yield [{"grad_checkpoint": True}]
-    if request.mode == "lora" and not request.fused_loss:
+    if request.model.parted and not request.fuses_loss:
         yield [{"fused_loss": True}]
     if request.mode == "full":
         yield [{"mode": "lora"}]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from workbench.probes.planning.graph import Graph, ShapeArray
+from workbench.probes.planning.arrays import ShapeArray
+from workbench.probes.planning.graph import Graph
 
 Flow = Iterator[tuple[ShapeArray, ShapeArray]]  # (input, its gradient)
 
@@ -19,7 +20,10 @@ def gradients(
     wanted: Sequence[ShapeArray],
     cotangent: ShapeArray | None = None,
 ) -> list[ShapeArray]:
-    """Add the backward pass to the graph; returns a gradient for each array in `wanted`."""
+    """Add the backward pass to the graph; returns a gradient for each array in `wanted`.
+
+    It is of zeros for an array that the loss does not depend on.
+    """
     flows: dict[int, ShapeArray] = {id(loss): cotangent or graph.scalar(loss.shape, loss.itemsize)}
     label = graph.label
     for array in reversed(_ancestors(loss, wanted)):
@@ -32,7 +36,7 @@ def gradients(
                 before = flows.get(id(source))
                 flows[id(source)] = graph.add(before, gradient) if before else gradient
     graph.label = label
-    return [flows[id(array)] for array in wanted]
+    return [flows.get(id(a)) or graph.zeros(a.shape, a.itemsize) for a in wanted]
 
 
 def _ancestors(loss: ShapeArray, wanted: Sequence[ShapeArray]) -> list[ShapeArray]:
@@ -144,8 +148,9 @@ def _slice(graph: Graph, array: ShapeArray, flow: ShapeArray) -> Flow:
 
 
 def _concatenate(graph: Graph, array: ShapeArray, flow: ShapeArray) -> Flow:
+    (axis,) = array.options
     for part in array.inputs:
-        yield part, graph.slice_last(flow, part.shape[-1])
+        yield part, graph.slice(flow, axis, part.shape[axis])
 
 
 def _matmul(graph: Graph, array: ShapeArray, flow: ShapeArray) -> Flow:
@@ -184,14 +189,9 @@ def _fused_cross_entropy(graph: Graph, array: ShapeArray, flow: ShapeArray) -> F
     yield logits, graph.fresh("CrossEntropyVJP", logits.shape, 4, logits, targets, flow)
 
 
-def _fused_loss(graph: Graph, array: ShapeArray, flow: ShapeArray) -> Flow:
-    x, slope = array.options
-    yield x, graph.multiply(graph.broadcast(flow, x.shape), slope)
-
-
-def _checkpoint(graph: Graph, array: ShapeArray, flow: ShapeArray) -> Flow:
-    again, *arguments = array.options
-    yield from again(array, flow, *arguments)
+def _custom(graph: Graph, array: ShapeArray, flow: ShapeArray) -> Flow:
+    (derivative,) = array.options
+    yield from derivative(graph, array, flow)
 
 
 def _same(graph: Graph, array: ShapeArray, flow: ShapeArray) -> Flow:
@@ -222,7 +222,6 @@ DERIVATIVES: dict[str, Callable[[Graph, ShapeArray, ShapeArray], Flow]] = {
     "RMSNorm": _fused_norm,
     "RoPE": _fused_rope,
     "CrossEntropy": _fused_cross_entropy,
-    "FusedLoss": _fused_loss,
-    "Checkpoint": _checkpoint,
+    "Custom": _custom,
     "Squeeze": _same,
 }

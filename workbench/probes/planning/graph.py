@@ -1,4 +1,4 @@
-"""Arrays that have a shape and a layout but no numbers, and the operations that join them.
+"""The operations that join arrays without numbers to a graph.
 
 What an operation allocates follows MLX 0.32: transposes, slices and broadcasts share their input's
 buffer, everything else gets one of its own unless it may write over an input that nobody needs any
@@ -8,95 +8,14 @@ more. That is decided in the order of evaluation, by `schedule.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-FLOAT32 = 4  # bytes
-VIEW, COMPUTED = 1, 2  # entries in the CPU stream's queue: release the inputs; compute before that
-
-
-class ShapeArray:
-    """One array of a lazy graph.
-
-    Args:
-        op: the operation that makes it, under MLX's name.
-        inputs: the arrays it is made of.
-        shape: as in MLX.
-        itemsize: bytes of one number.
-        strides: in numbers; row by row if None.
-        data_size: numbers that its buffer holds; fewer than the shape's if it is broadcast.
-        dense: whether the buffer holds nothing else; not so for a slice.
-        base: the input whose buffer it lives in; None if it has its own.
-    """
-
-    __slots__ = (
-        "base",
-        "data_size",
-        "dense",
-        "donors",
-        "inputs",
-        "itemsize",
-        "label",
-        "op",
-        "options",
-        "queued",
-        "ready",
-        "shape",
-        "strides",
-        "temporary",
-        "trains",
-    )
-
-    def __init__(
-        self,
-        op: str,
-        inputs: tuple[ShapeArray, ...],
-        shape: tuple[int, ...],
-        itemsize: int,
-        *,
-        strides: tuple[int, ...] | None = None,
-        data_size: int | None = None,
-        dense: bool = True,
-        base: ShapeArray | None = None,
-    ):
-        self.op, self.inputs, self.shape, self.itemsize = op, inputs, shape, itemsize
-        self.strides = rows_of(shape) if strides is None else strides
-        self.data_size = math.prod(shape) if data_size is None else data_size
-        self.dense, self.base = dense, base
-        self.queued = COMPUTED if base is None else VIEW
-        self.donors: tuple[ShapeArray, ...] = ()  # inputs whose buffer it may take over
-        self.temporary = 0  # bytes that the operation needs beside its output
-        self.label = ""  # the part of the plan that its buffer belongs to
-        self.options: tuple = ()  # of the operation, for its derivative
-        self.ready = False  # evaluated already
-        self.trains = any(array.trains for array in inputs)  # a gradient goes through it
-
-    @property
-    def size(self) -> int:
-        """Numbers that the shape stands for."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffer, if it gets one."""
-        return self.data_size * self.itemsize
-
-    @property
-    def row_contiguous(self) -> bool:
-        """Whether the numbers lie row by row, without gaps."""
-        return self.data_size == self.size and all(
-            stride == wanted
-            for stride, wanted, length in zip(self.strides, rows_of(self.shape), self.shape)
-            if length > 1
-        )
-
-
-def rows_of(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of an array that lies row by row."""
-    strides, step = [], 1
-    for length in reversed(shape):
-        strides.append(step)
-        step *= length
-    return tuple(reversed(strides))
+from workbench.probes.planning.arrays import (
+    FLOAT32,
+    ShapeArray,
+    fits_blas,
+    reshaped_strides,
+)
 
 
 class Graph:
@@ -132,6 +51,14 @@ class Graph:
         made.donors = donors
         return self._made(made)
 
+    def visible(self, length: int, seen: int) -> ShapeArray:
+        """(T, S): whether one of the last T positions sees a key."""
+        keys, queries = (self.fresh("Arange", (n,), FLOAT32) for n in (seen, length))
+        keys, queries = self.reshape(keys, (1, seen)), self.reshape(queries, (length, 1))
+        shape = (length, seen)
+        both = self.broadcast(keys, shape), self.broadcast(queries, shape)
+        return self.fresh("LessEqual", shape, 1, *both)
+
     def zeros(self, shape: Sequence[int], itemsize: int) -> ShapeArray:
         """A buffer of zeros."""
         return self.fresh("Full", shape, itemsize, self.scalar(shape, itemsize))
@@ -153,10 +80,52 @@ class Graph:
 
     def same(self, op: str, x: ShapeArray, *others: ShapeArray) -> ShapeArray:
         """x itself, known to come after other arrays."""
-        made = self._made(
+        return self._alias(op, x, (*others, x))
+
+    def after(
+        self, arrays: Sequence[ShapeArray], others: Sequence[ShapeArray]
+    ) -> tuple[ShapeArray, ...]:
+        """The arrays themselves, known to come after others (mx.depends)."""
+        inputs = (*arrays, *others)
+        return self._together([self._alias("Depends", x, inputs) for x in arrays])
+
+    def leaf(self, x: ShapeArray) -> ShapeArray:
+        """x itself, where a gradient by it is to end."""
+        made = self.same("Copy", x)
+        made.trains = True
+        return made
+
+    def custom(
+        self, inputs: Sequence[ShapeArray], outputs: Sequence[ShapeArray], derivative: Callable
+    ) -> tuple[ShapeArray, ...]:
+        """The outputs of mx.custom_function, computed together.
+
+        Args:
+            inputs: what it is called with.
+            outputs: what it has made of them; MLX's own derivatives end there.
+            derivative: (graph, first of the outputs, its gradient) → pairs (input, its gradient).
+        """
+        stopped = [self.same("StopGradient", x) for x in outputs]
+        for array in stopped:
+            array.trains = False
+        made = [self._alias("Custom", x, (*inputs, *stopped)) for x in stopped]
+        made[0].options = (derivative,)
+        return self._together(made)
+
+    @staticmethod
+    def _together(made: Sequence[ShapeArray]) -> tuple[ShapeArray, ...]:
+        """Several outputs of one operation."""
+        first, *others = made
+        first.siblings = tuple(others)
+        for array in others:
+            array.leader = first
+        return (first, *others)
+
+    def _alias(self, op: str, x: ShapeArray, inputs: tuple[ShapeArray, ...]) -> ShapeArray:
+        return self._made(
             ShapeArray(
                 op,
-                (*others, x),
+                inputs,
                 x.shape,
                 x.itemsize,
                 strides=x.strides,
@@ -165,7 +134,6 @@ class Graph:
                 base=x,
             )
         )
-        return made
 
     def transpose(self, x: ShapeArray, *axes: int) -> ShapeArray:
         """Axes in another order."""
@@ -182,7 +150,9 @@ class Graph:
 
     def reshape(self, x: ShapeArray, shape: Sequence[int]) -> ShapeArray:
         """The same numbers in another shape; a copy if axes join that do not lie row by row."""
-        strides = rows_of(shape) if x.row_contiguous else _split_strides(x, shape)
+        if x.shape == tuple(shape):
+            return x
+        strides = reshaped_strides(x, shape)
         if strides is None:
             return self.fresh("Reshape", shape, x.itemsize, x)
         return self.view("Reshape", x, shape, strides)
@@ -204,9 +174,23 @@ class Graph:
         """A constant, repeated to a shape; it takes no memory to speak of."""
         return self.broadcast(self.held((), itemsize, ""), shape)
 
-    def slice_last(self, x: ShapeArray, length: int) -> ShapeArray:
-        """A part of the last axis."""
-        return self.view("Slice", x, (*x.shape[:-1], length), x.strides, dense=False)
+    def slice(self, x: ShapeArray, axis: int, length: int) -> ShapeArray:
+        """A part of an axis; x if it is all of it."""
+        if x.shape[axis] == length:
+            return x
+        shape = list(x.shape)
+        shape[axis] = length
+        return self.view("Slice", x, shape, x.strides, dense=False)
+
+    def concatenate(self, parts: Sequence[ShapeArray], axis: int) -> ShapeArray:
+        """The parts along an axis; the part itself if there is one only."""
+        if len(parts) == 1:
+            return parts[0]
+        shape = list(parts[0].shape)
+        shape[axis] = sum(part.shape[axis] for part in parts)
+        made = self.fresh("Concatenate", shape, parts[0].itemsize, *parts)
+        made.queued, made.options = len(parts) + 1, (axis,)
+        return made
 
     def unary(self, op: str, x: ShapeArray, itemsize: int | None = None) -> ShapeArray:
         """An elementwise operation on one array; AsType with another itemsize."""
@@ -233,6 +217,8 @@ class Graph:
             like, donors = b, (b,)
         elif a.row_contiguous and b.row_contiguous:
             donors = (a, b)
+        elif a.column_contiguous and b.column_contiguous:
+            like, donors = a, (a, b)
         else:
             donors = tuple(x for x in (a, b) if x.row_contiguous)
         layout = {"strides": like.strides, "data_size": like.data_size} if like else {}
@@ -247,6 +233,14 @@ class Graph:
     def add(self, a: ShapeArray, b: ShapeArray) -> ShapeArray:
         """a + b, of one shape."""
         return self.binary("Add", a, b)
+
+    def times(self, x: ShapeArray) -> ShapeArray:
+        """A constant · x."""
+        return self.multiply(self.scalar(x.shape, x.itemsize), x)
+
+    def spread(self, op: str, x: ShapeArray, by: ShapeArray) -> ShapeArray:
+        """An elementwise operation on x and an array that is broadcast to its shape."""
+        return self.binary(op, x, self.broadcast(by, x.shape))
 
     def subtract(self, a: ShapeArray, b: ShapeArray) -> ShapeArray:
         """a - b, of one shape."""
@@ -268,26 +262,7 @@ class Graph:
         b = self.broadcast(b, (*batch, *b.shape[-2:]))
         made = ShapeArray("Matmul", (a, b), (*batch, a.shape[-2], b.shape[-1]), itemsize)
         for x in (a, b):
-            if not _fits_blas(x):
+            if not fits_blas(x):
                 made.temporary += x.size * x.itemsize
                 made.queued += 1
         return self._made(made)
-
-
-def _split_strides(x: ShapeArray, shape: Sequence[int]) -> tuple[int, ...] | None:
-    """Strides in a shape that only parts axes of x; None if it joins any."""
-    strides, rest = [], list(shape)
-    for length, stride in zip(x.shape, x.strides):
-        parts = [rest.pop(0)] if rest else [0]
-        while math.prod(parts) < length and rest:
-            parts.append(rest.pop(0))
-        if math.prod(parts) != length:
-            return None
-        strides += [stride * step for step in rows_of(parts)]
-    return tuple(strides) if math.prod(rest) == 1 and not rest else None
-
-
-def _fits_blas(x: ShapeArray) -> bool:
-    """Whether the last two axes are a plain or a transposed matrix; others are copied first."""
-    rows, columns = x.shape[-2:]
-    return x.strides[-2:] in ((columns, 1), (1, rows))

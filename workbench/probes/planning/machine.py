@@ -27,6 +27,7 @@ class Machine:
     available_bytes: int | None = None  # that a run may take; None: three quarters of the total
     gpu: bool = False  # MLX computes on a GPU (Metal or CUDA)
     unified: bool = True  # the GPU, if any, uses the same memory as the CPU
+    linux: bool = True  # where our networks have forms of their own for MLX's CPU backend
 
     def __post_init__(self):
         check_whole(f"total_bytes of {self.name}", self.total_bytes, 1)
@@ -58,7 +59,8 @@ class Machine:
             available = min(available, limit)
         name = f"this machine ({platform.system()}, {'GPU' if gpu else 'CPU'})"
         unified = not gpu or platform.system() == "Darwin"
-        return cls(name, total, available, gpu, unified)
+        linux = platform.system() == "Linux"
+        return cls(name, total, available, gpu, unified, linux)
 
     @property
     def budget_bytes(self) -> int:

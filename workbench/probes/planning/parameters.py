@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from workbench.probes.planning.arrays import FLOAT32, ShapeArray
 from workbench.probes.planning.dimensions import Model
-from workbench.probes.planning.graph import FLOAT32, Graph, ShapeArray
+from workbench.probes.planning.graph import Graph
 
 WEIGHTS, ADAPTER = "weights", "adapter"
 LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")

@@ -117,7 +117,7 @@ class MemoryPlan:
     @property
     def settings(self) -> dict[str, object]:
         """What was planned, under the names of `plan_memory`, `LoRAConfig` and `TrainConfig`."""
-        wanted = {k: v for k, v in vars(self.request).items() if k not in ("model", "gpu")}
+        wanted = {k: v for k, v in vars(self.request).items() if k not in ("model", "gpu", "linux")}
         if self.request.mode != "lora":
             for name in ("rank", "target_modules", "num_layers", "dropout"):
                 wanted.pop(name)

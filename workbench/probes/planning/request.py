@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from workbench.errors import ConfigError, check_number, check_whole
+from workbench.probes.planning.arrays import FLOAT32
 from workbench.probes.planning.dimensions import Model
+from workbench.probes.planning.machine import Machine
 from workbench.probes.planning.network import Network, Work
 from workbench.probes.planning.parameters import MODES, Adapted, Parameters
 from workbench.probes.planning.schedule import Moment
@@ -25,7 +27,6 @@ from workbench.probes.planning.steps import (
 
 ALL_LINEAR = "all-linear"
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
-MOST_POSITIONS = 1 << 20  # of a fused loss: the plan's time grows with them
 BITS = (2, 3, 4, 5, 6, 8)
 
 
@@ -54,10 +55,11 @@ class Request:
     supervised: float  # share of positions with a target
     grad_accum_steps: int
     grad_checkpoint: bool
-    fused_loss: bool
+    fused_loss: bool | None
     dtype: str  # of the base weights
     bits: int | None  # of quantised base weights
     gpu: bool
+    linux: bool = True
 
     def __post_init__(self):
         for name in ("rank", "micro_batch_size", "length", "grad_accum_steps"):
@@ -72,23 +74,10 @@ class Request:
             raise ConfigError(
                 f"unknown dtype {self.dtype!r}", cure=f"Use one of {', '.join(WIDTHS)}."
             )
-        self._check_fused_loss()
+        if self.fused_loss not in (True, False, None):
+            raise ConfigError(f"fused_loss must be True, False or None: {self.fused_loss!r}")
         self._check_bits()
         self._check_against_model()
-
-    def _check_fused_loss(self) -> None:
-        if not self.fused_loss:
-            return
-        if self.mode != "lora":
-            raise ConfigError(
-                f"mode {self.mode!r} trains the output matrix: its fused loss cannot be planned",
-                cure="Use mode='lora', or fused_loss=False.",
-            )
-        if self.micro_batch_size * self.length > MOST_POSITIONS:
-            raise ConfigError(
-                f"{self.micro_batch_size} × {self.length} positions are too many to plan",
-                cure=f"Plan micro-batches of up to {MOST_POSITIONS} positions.",
-            )
 
     def _check_bits(self) -> None:
         if self.bits is None:
@@ -124,7 +113,8 @@ class Request:
         layers = f" on the last {self.num_layers} of the layers" if some else ""
         width = f"{self.bits} bit" if self.bits else self.dtype
         again = ", checkpointed" if self.grad_checkpoint else ""
-        again += ", fused loss" if self.fused_loss else ""
+        whole = self.model.parted and not self.fuses_loss
+        again += ", logits not in chunks" if whole else ""
         rows = f"{self.micro_batch_size} × {self.length} tokens"
         times = f" × {self.grad_accum_steps}" if self.grad_accum_steps > 1 else ""
         return f"{how}{layers}, {rows}{times}, {width}{again}"
@@ -153,13 +143,24 @@ class Request:
         return frozenset(name for name in names if any(matches(name, t) for t in wanted))
 
     @property
+    def fuses_loss(self) -> bool:
+        """Whether logits are computed in chunks, as the trainer decides it."""
+        return self.model.parted and self.fused_loss is not False
+
+    @property
+    def fast_forms(self) -> bool:
+        """Whether our networks use their forms for MLX's CPU backend on Linux."""
+        wide = WIDTHS[self.dtype] == FLOAT32
+        return self.model.parted and wide and self.linux and not self.gpu
+
+    @property
     def work(self) -> Work:
         """One micro-batch."""
         positions = self.micro_batch_size * self.length
         targets = self.micro_batch_size * max(1, math.ceil(self.length * self.supervised - 1e-9))
         supervised = targets if self.model.parted else positions
         return Work(
-            self.micro_batch_size, self.length, supervised, self.grad_checkpoint, self.fused_loss
+            self.micro_batch_size, self.length, supervised, self.grad_checkpoint, self.fuses_loss
         )
 
     def parameters(self) -> Parameters:
@@ -174,7 +175,7 @@ class Request:
 
 
 def make_request(
-    model: Model, lora: object, dtype: mx.Dtype | str | None, gpu: bool, **settings: object
+    model: Model, lora: object, dtype: mx.Dtype | str | None, machine: Machine, **settings: object
 ) -> Request:
     """A request from the settings as users give them."""
     lora = lora or AdapterSettings()
@@ -190,8 +191,9 @@ def make_request(
         target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
         num_layers=lora.num_layers,
         dropout=getattr(lora, "dropout", 0.0),
-        dtype=_dtype_name(dtype, model, gpu),
-        gpu=gpu,
+        dtype=_dtype_name(dtype, model, machine.gpu),
+        gpu=machine.gpu,
+        linux=machine.linux,
         **settings,
     )
 
@@ -208,7 +210,7 @@ def _dtype_name(dtype: mx.Dtype | str | None, model: Model, gpu: bool) -> str:
 def phases(request: Request) -> Mapping[str, Moment]:
     """The fullest moment of each phase of a run, by name, in the order of their coming."""
     held, parameters = held_bytes(request), request.parameters()
-    network = Network(parameters, request.dropout, fused=request.gpu)
+    network = Network(parameters, request.dropout, request.gpu, request.fast_forms)
     load, update = _whatever_the_batch(_any_batch(request))
     work, accumulates = request.work, request.grad_accum_steps > 1
     return {
@@ -246,5 +248,5 @@ def _any_batch(request: Request) -> Request:
         supervised=1.0,
         grad_accum_steps=1,
         grad_checkpoint=False,
-        fused_loss=False,
+        fused_loss=None,
     )

@@ -11,7 +11,7 @@ import collections
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from workbench.probes.planning.graph import ShapeArray
+from workbench.probes.planning.arrays import ShapeArray
 
 MAX_WIDTH = 20  # arrays; MLX_BFS_MAX_WIDTH
 ENTRIES_PER_TASK, TASKS_AHEAD = 10, 10
@@ -32,8 +32,8 @@ class Moment:
 
 
 def evaluation_order(outputs: Sequence[ShapeArray]) -> list[ShapeArray]:
-    """The arrays to compute, first to last."""
-    waiting = _uses(outputs)
+    """The arrays to compute, first to last; of several outputs of one operation, one stands."""
+    waiting = _uses(outputs, together=True)
     root = ShapeArray("Synchronize", tuple(outputs), (), 1)
     tape, paused, at = [root], [], 0
     while waiting and (at < len(tape) or paused):
@@ -49,25 +49,31 @@ def evaluation_order(outputs: Sequence[ShapeArray]) -> list[ShapeArray]:
             if len(tape) - at >= MAX_WIDTH:
                 paused.append((array, place))
                 break
-            waiting[id(source)] -= 1
-            if not waiting[id(source)]:
-                del waiting[id(source)]
+            counted = id(source.leader or source)
+            waiting[counted] -= 1
+            if not waiting[counted]:
+                del waiting[counted]
                 tape.append(source)
     return tape[:0:-1]
 
 
-def _uses(outputs: Sequence[ShapeArray]) -> dict[int, int]:
-    """How often each array that is still to be computed is an input, by id."""
+def _uses(outputs: Sequence[ShapeArray], together: bool = False) -> dict[int, int]:
+    """How often each array that is still to be computed is an input, by id.
+
+    The outputs of one operation count each by itself, or together under the first one's id.
+    """
     uses: dict[int, int] = {}
-    stack = [tuple(outputs)]
+    stack, reached = [tuple(outputs)], set()
     while stack:
         for source in stack.pop():
             if source.ready:
                 continue
-            seen = uses.get(id(source), 0)
-            uses[id(source)] = seen + 1
-            if not seen:
-                stack.append(source.inputs)
+            first = source.leader or source
+            counted = id(first if together else source)
+            uses[counted] = uses.get(counted, 0) + 1
+            if id(first) not in reached:
+                reached.add(id(first))
+                stack.append(first.inputs)
     return uses
 
 
@@ -97,8 +103,11 @@ class _Walk:
 
     def step(self, array: ShapeArray) -> None:
         """One operation is handed to the stream."""
-        buffer = self._buffer_for(array)
-        self.buffers[id(array)] = buffer
+        first = array.leader or array
+        made = (first, *first.siblings)
+        for output in made:
+            self.buffers[id(output)] = self._buffer_for(output)
+        buffer = self.buffers[id(array)]
         self.queued += array.queued
         if array.temporary:
             scratch = _Buffer(array.temporary, array.label)
@@ -106,6 +115,9 @@ class _Walk:
             self._leave(scratch)
         for source in array.inputs:
             self._release(source, buffer)
+        for output in made:
+            if not self.uses.get(id(output)):  # nobody wants it
+                self._forget(output)
         self._catch_up()
 
     def _buffer_for(self, array: ShapeArray) -> _Buffer:
@@ -147,7 +159,12 @@ class _Walk:
         if buffer is not output:
             buffer.read_until = self.queued
         self.uses[id(source)] -= 1
-        if not self.uses[id(source)] and id(source) not in self.kept:
+        if not self.uses[id(source)]:
+            self._forget(source)
+
+    def _forget(self, array: ShapeArray) -> None:
+        buffer = self.buffers[id(array)]
+        if id(array) not in self.kept:
             buffer.arrays -= 1
             if not buffer.arrays:
                 self._leave(buffer)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from workbench.probes.planning.graph import Graph, ShapeArray
+from workbench.probes.planning.arrays import ShapeArray
+from workbench.probes.planning.graph import Graph
 from workbench.probes.planning.network import GRADIENTS, Network, Work
 from workbench.probes.planning.parameters import WEIGHTS, Parameters
 from workbench.probes.planning.schedule import Moment, fullest_moment
