@@ -136,8 +136,9 @@ class Network:
         if f"{name}.lora_a" not in weights:
             return output
         x = self._dropped(x) if self.dropout else x
-        update = graph.matmul(graph.matmul(x, weights[f"{name}.lora_a"]), weights[f"{name}.lora_b"])
-        update = graph.multiply(update, graph.scalar(update.shape))
+        narrow = graph.matmul(x, weights[f"{name}.lora_a"])
+        narrow = graph.multiply(graph.scalar(narrow.shape), narrow)
+        update = graph.matmul(narrow, weights[f"{name}.lora_b"])
         return graph.add(output, graph.cast(update, output.itemsize))
 
     def _product(self, x: ShapeArray, weight: ShapeArray) -> ShapeArray:
