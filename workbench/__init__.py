@@ -20,6 +20,7 @@ from workbench.live.chart import TrainingChart
 from workbench.live.panel import LivePanel
 from workbench.live.profile import draw_profile
 from workbench.live.runs import show_run
+from workbench.models.forms import plain_forms
 from workbench.models.loading import load_model, load_weights, save_weights
 from workbench.probes.alive import what_is_alive
 from workbench.probes.guard import MemoryGuard
@@ -67,6 +68,7 @@ __all__ = [
     "load_weights",
     "memory_phase",
     "new_run",
+    "plain_forms",
     "plan_memory",
     "profile_step",
     "read_memory",
