@@ -34,9 +34,9 @@ class Gained(DecoderLayer):
         self.gain = mx.array([1.5])
         self.calls = 0
 
-    def __call__(self, x, mask, cache=None):
+    def __call__(self, *args):
         self.calls += 1
-        return super().__call__(x, mask, cache) * self.gain
+        return super().__call__(*args) * self.gain
 
 
 def head_only():

@@ -259,13 +259,13 @@ def test_a_trainer_makes_the_same_steps():
         toy_trainer(data=toy_dataset([70, 80, 60, 50], [30, 40]), epochs=4, fused_loss=on)
         for on in (False, True)
     )
-    assert (plain.loss_fn, fused.loss_fn) == (supervised_loss, fused_loss)
+    assert [t.loss_fn.loss_fn for t in (plain, fused)] == [supervised_loss, fused_loss]
     for one, other in zip(plain, fused, strict=True):
         assert other.loss == pytest.approx(one.loss, rel=1e-4)
     assert fused.reports[-1].valid_loss == pytest.approx(plain.reports[-1].valid_loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["grad_checkpoint", "fused_loss"])
+@pytest.mark.parametrize("name", ["grad_checkpoint", "fused_loss", "shared_prompt"])
 @pytest.mark.parametrize("value", [1, "yes"])
 def test_the_switches_are_truth_values(name, value):
     with pytest.raises(ConfigError, match=name):

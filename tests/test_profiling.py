@@ -194,7 +194,8 @@ def test_work_that_is_planted_in_a_phase_is_found_there(phase, monkeypatch):
 BATCH = Batch(  # 3 rows of 10 inputs; 5 + 8 + 10 targets are supervised
     np.ones((3, 11), np.int32), np.arange(11) >= np.array([[6], [3], [1]]), (0, 1, 2)
 )
-FORWARD = 2 * (2 * 30 * 9216 + 4 * 3 * 4 * 10**2 * 8)  # two layers: linear ones, attention
+LATE = 1024 + 3 * 2048  # o, gate, up and down of a layer: in the last one, at 23 positions
+FORWARD = 2 * (2 * 30 * 9216 + 4 * 3 * 4 * 10**2 * 8) - 2 * 7 * LATE  # linear ones, attention
 HEAD = 2 * 23 * 32 * VOCAB_SIZE
 
 
@@ -206,7 +207,7 @@ def test_flops_of_an_adapter_on_the_last_layers_queries_as_counted_by_hand():
     # Gradients of: lora_a; lora_b and what enters it; the queries, and the attention's weights;
     # what enters o, gate, up and down; what enters the head.
     attention = 2 * (2 * 3 * 4 * 10**2 * 8)
-    backward = 3 * adapter + attention + 2 * 30 * (1024 + 3 * 2048) + HEAD
+    backward = 3 * adapter + attention + 2 * 23 * LATE + HEAD
     assert step_flops(model, [BATCH]) == forward + backward
     assert step_flops(model, [BATCH, BATCH]) == 2 * (forward + backward)
     below = 2 * 30 * 9216 + 4 * 3 * 4 * 10**2 * 8
@@ -242,6 +243,18 @@ def test_as_many_products_are_counted_as_mlx_computes(targets, tmp_path, monkeyp
     monkeypatch.setattr(flops._Products, "add", add)
     step_flops(model, [BATCH])
     assert sum(counted) == graph.read_text().count('"Matmul"')
+
+
+def test_what_rows_share_is_counted_once():
+    model = toy_model()
+    tokens = np.ones((3, 11), np.int32)
+    tokens[:, 4:] = np.arange(21).reshape(3, 7)  # 4 tokens are shared
+    batch = Batch(tokens, BATCH.loss_mask, (0, 1, 2))
+    positions, squares = 4 + 3 * 6, 4**2 + 3 * 6 * 10
+    forward = 2 * positions * (9216 - LATE) + 2 * 23 * LATE + 4 * 4 * squares * 8
+    forward += 2 * positions * 9216 + 4 * 4 * squares * 8 + HEAD
+    assert step_flops(model, [batch], shared=True) == 3 * forward
+    assert step_flops(model, [batch]) == 3 * (FORWARD + HEAD)
 
 
 def test_the_floor_is_the_flops_at_the_peak():

@@ -14,9 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from workbench.errors import ConfigError, FallbackWarning
+from workbench.models.shared_prompt import SharedPrompt
 from workbench.models.structure import find_layers, module_at
 
-VALUES = mx.array | str | int | float | None  # arguments that a call cannot change
+VALUES = mx.array | str | int | float | SharedPrompt | None  # arguments that a call cannot change
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import mlx.nn as nn
 from workbench.errors import WorkbenchError
 from workbench.models.forms import attend, silu_product
 from workbench.models.rope import RotaryEmbedding
+from workbench.models.shared_prompt import SharedPrompt
 
 CACHE_BLOCK = 256  # positions by which a KV cache grows at least
 
@@ -124,23 +125,70 @@ class Attention(nn.Module):
         )
 
     def __call__(
-        self, x: mx.array, mask: mx.array | str | None, cache: KVCache | None = None
+        self,
+        x: mx.array,
+        mask: mx.array | str | SharedPrompt | None,
+        cache: KVCache | None = None,
+        places: mx.array | None = None,
     ) -> mx.array:
-        """x (B, T, hidden_size) → the same shape."""
-        B, T, _ = x.shape
-        queries = self._heads(self.q_proj(x), self.num_heads)  # (B, H, T, D)
-        keys = self._heads(self.k_proj(x), self.num_kv_heads)  # (B, KV, T, D)
-        values = self._heads(self.v_proj(x), self.num_kv_heads)
+        """x (B, T, hidden_size) → the same shape, or (N, hidden_size) of N places in B · T."""
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if isinstance(mask, SharedPrompt):
+            attended = self._attend_shared(mask, *projected)
+        else:
+            attended = self._attend(mask, cache, *projected)
+        return self.o_proj(attended if places is None else at_places(attended, places))
+
+    def _attend(
+        self,
+        mask: mx.array | str | None,
+        cache: KVCache | None,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+    ) -> mx.array:
+        """Rotate, attend: (B, T, heads · head_dim) of each → that of the queries."""
         offset = cache.offset if cache is not None else 0
-        queries, keys = self.rope(queries, offset), self.rope(keys, offset)
+        queries, keys, values = self._in_heads(queries, keys, values, offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        attended = attend(queries, keys, values, self.scale, mask)
-        return self.o_proj(attended.swapaxes(1, 2).reshape(B, T, -1))
+        return _flat(attend(queries, keys, values, self.scale, mask))
+
+    def _attend_shared(
+        self, shared: SharedPrompt, queries: mx.array, keys: mx.array, values: mx.array
+    ) -> mx.array:
+        """The same for a packed batch: (1, N, heads · head_dim) of each."""
+        first, own = zip(*map(shared.split, (queries, keys, values)))
+        first, own = self._in_heads(*first, 0), self._in_heads(*own, shared.length)
+        seen = [
+            mx.concatenate([mx.broadcast_to(f, (shared.rows, *f.shape[1:])), o], axis=2)
+            for f, o in zip(first[1:], own[1:])
+        ]
+        begin = _flat(attend(*first, self.scale, "causal"))
+        return shared.join(begin, _flat(attend(own[0], *seen, self.scale, "causal")))
+
+    def _in_heads(
+        self, queries: mx.array, keys: mx.array, values: mx.array, offset: int
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """(B, T, heads · D) → (B, heads, T, D), queries and keys rotated from `offset` on."""
+        queries = self.rope(self._heads(queries, self.num_heads), offset)
+        keys = self.rope(self._heads(keys, self.num_kv_heads), offset)
+        return queries, keys, self._heads(values, self.num_kv_heads)
 
     def _heads(self, x: mx.array, count: int) -> mx.array:
         B, T, _ = x.shape
         return x.reshape(B, T, count, -1).swapaxes(1, 2)
+
+
+def at_places(x: mx.array, places: mx.array) -> mx.array:
+    """x (B, T, D) → (N, D) at N places in the B · T positions."""
+    return x.reshape(-1, x.shape[-1])[mx.stop_gradient(places)]  # checkpointing asks for gradients
+
+
+def _flat(x: mx.array) -> mx.array:
+    """(B, H, T, D) → (B, T, H · D)."""
+    B, _, T, _ = x.shape
+    return x.swapaxes(1, 2).reshape(B, T, -1)
 
 
 class SwiGLU(nn.Module):

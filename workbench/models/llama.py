@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from workbench.models.layers import Attention, KVCache, SwiGLU, causal_mask
+from workbench.models.layers import Attention, KVCache, SwiGLU, at_places, causal_mask
 from workbench.models.llama_config import LlamaConfig
+from workbench.models.shared_prompt import SharedPrompt
 
 
 class DecoderLayer(nn.Module):
@@ -25,10 +27,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(
-        self, x: mx.array, mask: mx.array | str | None, cache: KVCache | None = None
+        self,
+        x: mx.array,
+        mask: mx.array | str | SharedPrompt | None,
+        cache: KVCache | None = None,
+        places: mx.array | None = None,
     ) -> mx.array:
-        """x (B, T, hidden_size) → the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        """x (B, T, hidden_size) → the same shape, or (N, hidden_size) of N places in B · T."""
+        attended = self.self_attn(self.input_layernorm(x), mask, cache, places)
+        x = (x if places is None else at_places(x, places)) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -78,6 +85,26 @@ class Llama(nn.Module):
         """
         return self.run_layers(self.embed(tokens), cache, padding)
 
+    def states_at(
+        self, tokens: np.ndarray, places: np.ndarray, shared: SharedPrompt | None = None
+    ) -> mx.array:
+        """What the backbone gives at some positions; the last layer ends at these only.
+
+        Args:
+            tokens: (B, T) ids.
+            places: (N,) whole numbers in [0, B · T).
+            shared: of these tokens, if what the rows begin with shall be computed once.
+
+        Returns:
+            Hidden states (N, D).
+        """
+        hidden_states, length = self.embed(mx.array(tokens)), tokens.shape[1]
+        if shared is not None:
+            places, hidden_states = shared.places(places, length), shared.pack(hidden_states)
+        elif len(places) == tokens.size:
+            return self.run_layers(hidden_states).reshape(tokens.size, -1)
+        return self.run_layers(hidden_states, shared=shared, places=mx.array(places))
+
     def embed(self, tokens: mx.array) -> mx.array:
         """What enters the first layer: tokens (B, T) → hidden_states (B, T, D)."""
         return self.model.embed_tokens(tokens)
@@ -90,14 +117,27 @@ class Llama(nn.Module):
         *,
         first: int = 0,
         end: int | None = None,
+        shared: SharedPrompt | None = None,
+        places: mx.array | None = None,
     ) -> mx.array:
-        """Layers [first : end]: hidden_states (B, T, D) that enter `first` → those that leave."""
+        """Layers [first : end]: hidden_states (B, T, D) that enter `first` → those that leave.
+
+        Args:
+            hidden_states: packed, (1, N, D), with `shared`.
+            cache, padding: as for `backbone`.
+            first, end: numbers of layers; there may be none between them.
+            shared: the layout of a packed batch.
+            places: (N,) places in B · T that alone are wanted, so that (N, D) is returned.
+        """
         offset = cache[0].offset if cache else 0
-        mask = _attention_mask(hidden_states.shape[1], offset, padding)
+        mask = shared or _attention_mask(hidden_states.shape[1], offset, padding)
         caches = cache or [None] * len(self.layers)
-        for layer, layer_cache in list(zip(self.layers, caches))[first:end]:
+        run = list(zip(self.layers, caches))[first:end]
+        for number, (layer, layer_cache) in enumerate(run, start=1):
+            if number == len(run) and places is not None:
+                return layer(hidden_states, mask, layer_cache, places)
             hidden_states = layer(hidden_states, mask, layer_cache)
-        return hidden_states
+        return hidden_states if places is None else at_places(hidden_states, places)
 
     def head(self, hidden_states: mx.array) -> mx.array:
         """Final norm and lm_head: hidden_states (..., D) → logits (..., V)."""

@@ -69,6 +69,7 @@ class TrainConfig:
     seed: int = 0  # of the order and of dropout
     grad_checkpoint: bool = False  # keep each layer's input only, and compute the layer again
     fused_loss: bool | None = None  # logits of some positions at a time; None: where possible
+    shared_prompt: bool | None = None  # what all rows of a batch begin with once; None: likewise
 
     def __post_init__(self):
         for name, smallest in WHOLE_NUMBERS.items():
@@ -85,7 +86,7 @@ class TrainConfig:
             )
         if self.on_bad_step not in ("raise", "skip"):
             raise ConfigError(f"on_bad_step must be 'raise' or 'skip', got {self.on_bad_step!r}")
-        for name in ("prefix_cache", "fused_loss"):
+        for name in ("prefix_cache", "fused_loss", "shared_prompt"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise ConfigError(f"{name} must be True, False or None: {value!r}")

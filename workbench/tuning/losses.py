@@ -51,7 +51,8 @@ def supervised_loss(model: nn.Module, batch: Batch) -> mx.array:
     """The same sum, with logits at the supervised positions only.
 
     For models that part into `backbone` and `head`; the head and the softmax over the vocabulary
-    are a third of the work, and in a chat most positions are not supervised.
+    are a third of the work, and in a chat most positions are not supervised. A model that has
+    `states_at`, as ours, ends its last layer there, too.
     """
     hidden_states, targets = _supervised(model, batch)
     return cross_entropy(model.head(hidden_states), targets).sum()
@@ -132,7 +133,9 @@ def _logits(output) -> mx.array:
 def _supervised(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
     """Hidden states (N, D) at the N supervised positions, and their targets (N,)."""
     inputs, targets, loss_mask = next_token_pairs(batch.tokens, batch.loss_mask)
-    hidden_states = model.backbone(mx.array(inputs))  # (B, T - 1, D)
-    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     supervised = np.flatnonzero(loss_mask)
-    return flat[mx.array(supervised)], mx.array(targets.reshape(-1)[supervised])
+    targets = mx.array(targets.reshape(-1)[supervised])
+    if callable(getattr(model, "states_at", None)):
+        return model.states_at(inputs, supervised), targets
+    hidden_states = model.backbone(mx.array(inputs))  # (B, T - 1, D)
+    return hidden_states.reshape(-1, hidden_states.shape[-1])[mx.array(supervised)], targets

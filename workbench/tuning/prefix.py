@@ -1,17 +1,18 @@
 """Cached activations of the frozen part: the layers below the first trained one run once a row.
 
-While they are frozen, what leaves them for a row is the same at every step. Each row is computed
-alone and without padding: causal attention makes it independent of the rows beside it, so it does
-not matter which batch came first, nor where a run was resumed.
+While they are frozen, what leaves them for a row is the same at every step. Rows are computed in
+groups that the data alone decides, and where there is no room for all of them, each by itself. So
+it does not matter which batch came first, nor where a run was resumed.
 
-Loss and gradients of a single row are those of the plain path to the bit. In a larger batch the
-BLAS may add up a product of another height in another order: the tests hold the loss within 1e-6
-and each gradient within 1e-5 of its largest element. States are held in memory only.
+The BLAS may add up a product of another height in another order: the tests hold the loss within
+1e-6 of the plain path's, and each gradient within 1e-5 of its largest element. States are held in
+memory only.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import warnings
 import weakref
@@ -27,8 +28,10 @@ from mlx.utils import tree_flatten
 from workbench.data.batches import Batch
 from workbench.data.examples import Example
 from workbench.errors import FallbackWarning
+from workbench.models.shared_prompt import find_shared_prompt
 from workbench.models.structure import find_layers
 from workbench.probes.parameters import digest
+from workbench.tuning.dropout import first_dropout
 from workbench.tuning.losses import LossFunction, next_token_pairs
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ HEAD_PATHS = ("model.norm", "lm_head")  # outside the layers, and used after the
 # Uses of a row from which keeping pays: alone, short rows cost about 1.2 times what they cost in a
 # batch (OpenBLAS, products of 40 rows against 320).
 WORTHWHILE_USES = 1.5
+GROUP_POSITIONS = 1024  # of rows that are computed together
 RAW = {2: mx.uint16, 4: mx.uint32}  # by bytes: NumPy has no bfloat16
 MEGA = 1e6
 
@@ -71,13 +75,21 @@ class PrefixCache:
         model: a network with `embed`, `run_layers` and nothing that trains below `first_layer`.
         first_layer: the layer that the states enter, from 1.
         limit_bytes: that may be held; rows beyond are computed whenever they are asked for.
+        examples: whose states fit into the limit; rows of like length are computed together.
     """
 
-    def __init__(self, model: nn.Module, first_layer: int, limit_bytes: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        first_layer: int,
+        limit_bytes: int,
+        examples: Iterable[Example] = (),
+    ):
         self.model, self.first_layer, self.limit_bytes = model, first_layer, limit_bytes
         self.dtype = _outline(model, first_layer).dtype
         self.held_bytes = self.hits = self.misses = 0
         self._states: dict[bytes, np.ndarray] = {}
+        self._group_of = {_content(row): group for group in _groups(examples) for row in group}
         self._note_weights(self._weights())
 
     def states(self, batch: Batch) -> mx.array:
@@ -93,19 +105,31 @@ class PrefixCache:
         return mx.array(np.stack(padded)).view(self.dtype)
 
     def _state(self, seen: np.ndarray) -> np.ndarray:
-        content = seen.astype(np.int32).tobytes()
-        state = self._states.get(content)
-        if state is not None:
+        content = _content(seen)
+        if content in self._states:
             self.hits += 1
-            return state
-        self.misses += 1
-        embedded = self.model.embed(mx.array(seen[None]))
-        entering = self.model.run_layers(embedded, end=self.first_layer)[0]  # (T, D)
-        state = np.array(entering.view(RAW[self.dtype.size]))
-        if self.held_bytes + state.nbytes <= self.limit_bytes:
-            self._states[content] = state
-            self.held_bytes += state.nbytes
-        return state
+            return self._states[content]
+        group = self._group_of.get(content, [seen])
+        self.misses += len(group)
+        computed = dict(zip(map(_content, group), self._computed(group)))
+        size = sum(state.nbytes for state in computed.values())
+        if self.held_bytes + size <= self.limit_bytes:
+            self._states |= computed
+            self.held_bytes += size
+        return computed[content]
+
+    def _computed(self, rows: list[np.ndarray]) -> list[np.ndarray]:
+        """What enters the layer for each row: (T, D), by the raw bits."""
+        longest = max(map(len, rows))
+        tokens = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in rows])
+        entering, shared = self.model.embed(mx.array(tokens)), find_shared_prompt(tokens)
+        if shared is not None:
+            entering = shared.pack(entering)
+        entering = self.model.run_layers(entering, end=self.first_layer, shared=shared)
+        if shared is not None:
+            entering = shared.unpack(entering)
+        raw = np.array(entering.view(RAW[self.dtype.size]))
+        return [state[: len(row)].copy() for state, row in zip(raw, rows)]
 
     def _weights(self) -> list[tuple[str, mx.array]]:
         return _below(self.model, self.first_layer, tree_flatten(self.model.parameters()))
@@ -142,7 +166,8 @@ class PrefixLoss:
             return self.loss_fn(model, batch)
         states, first = self.cache.states(batch), self.cache.first_layer
         shortened = copy.copy(model)  # the same modules, by the same names
-        shortened.backbone = lambda tokens: model.run_layers(states, first=first)
+        shortened.embed = lambda tokens: states
+        shortened.run_layers = functools.partial(model.run_layers, first=first)
         return self.loss_fn(shortened, batch)
 
 
@@ -166,7 +191,7 @@ def use_prefix(trainer: Trainer, own_loss: bool) -> PrefixUse:
         return PrefixUse(0, 0, reason)
     outline = _outline(model, first)
     rows = _distinct([*trainer.data.train, *trainer.data.valid])
-    needed = sum(rows) * outline.shape[-1] * outline.dtype.size
+    needed = sum(map(len, rows)) * outline.shape[-1] * outline.dtype.size
     limit, size = config.prefix_cache_bytes, f"{needed / MEGA:.1f} MB"
     fits = f"needs {size}, prefix_cache_bytes allows {limit / MEGA:.1f} MB"
     if config.prefix_cache is None:
@@ -179,7 +204,8 @@ def use_prefix(trainer: Trainer, own_loss: bool) -> PrefixUse:
     elif needed > limit:
         text = f"the prefix cache {fits}: the other rows are computed at every step"
         warnings.warn(text, FallbackWarning, stacklevel=4)
-    cache = PrefixCache(model, first, limit)
+    examples = [*trainer.data.train, *trainer.data.valid] if needed <= limit else ()
+    cache = PrefixCache(model, first, limit, examples)
     trainer.loss_fn = PrefixLoss(cache, trainer.loss_fn)
     kept = size if needed <= limit else f"{limit / MEGA:.1f} of {size}"
     done = f"the layers below layer {first} run once a row; {kept} kept"
@@ -205,9 +231,9 @@ def first_layer(model: nn.Module) -> tuple[int, str]:
     for name, _ in _below(model, first, tree_flatten(model.parameters())):
         if "lora_" in name:  # its scale can be changed, and is no weight
             return 0, f"{name} belongs to an adapter below layer {first}"
-    for name, module in _below(model, first, model.named_modules()):
-        if _drops(module):
-            return 0, f"{name} drops out below layer {first}"
+    dropout = first_dropout(_below(model, first, model.named_modules()))
+    if dropout:
+        return 0, f"{dropout} drops out below layer {first}"
     if _outline(model, first).dtype.size not in RAW:
         return 0, "the hidden states have a dtype that cannot be kept"
     return first, ""
@@ -227,11 +253,6 @@ def _below(
     return [(name, leaf) for name, leaf in named if runs_before(name)]
 
 
-def _drops(module: nn.Module) -> bool:
-    is_dropout = isinstance(module, nn.Dropout | nn.Dropout2d | nn.Dropout3d)
-    return is_dropout and module._p_1 < 1
-
-
 def _outline(model: nn.Module, first: int) -> mx.array:
     """A hidden state (1, 1, D) that enters a layer; its shape and dtype need no evaluation."""
     return model.run_layers(model.embed(mx.zeros((1, 1), mx.int32)), end=first)
@@ -245,11 +266,25 @@ def _seen_tokens(tokens: np.ndarray, loss_mask: np.ndarray) -> Iterator[np.ndarr
         yield row[: places[-1] + 1 if len(places) else 1]
 
 
-def _distinct(examples: Iterable[Example]) -> list[int]:
-    """Number of tokens of each row that is computed; rows that begin alike are one."""
+def _distinct(examples: Iterable[Example]) -> list[np.ndarray]:
+    """The rows that are computed; rows that begin alike are one."""
     seen = {
-        row.astype(np.int32).tobytes(): len(row)
+        _content(row): row
         for example in examples
         for row in _seen_tokens(example.tokens[None], example.loss_mask[None])
     }
     return list(seen.values())
+
+
+def _content(row: np.ndarray) -> bytes:
+    return row.astype(np.int32).tobytes()
+
+
+def _groups(examples: Iterable[Example]) -> list[list[np.ndarray]]:
+    """Rows that are computed together: those of like length, whatever their order in the data."""
+    groups: list[list[np.ndarray]] = []
+    for row in sorted(_distinct(examples), key=lambda row: (len(row), _content(row))):
+        if not groups or (len(groups[-1]) + 1) * len(row) > GROUP_POSITIONS:
+            groups.append([])
+        groups[-1].append(row)
+    return groups

@@ -8,7 +8,7 @@ import dataclasses
 import html
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -151,8 +151,8 @@ def profile_step(trainer: Trainer, steps: int = 3) -> StepProfile:
     if not callable(getattr(trainer.model, "backbone", None)):
         notes.append("the model does not part into backbone and head: forward holds the loss, too")
     try:
-        counts = [step_flops(trainer.model, batches, trainer.prefix.first_layer)
-                  for _, batches, _ in made]  # fmt: skip
+        how = trainer.prefix.first_layer, trainer.prompt_sharing.used
+        counts = [step_flops(trainer.model, batches, *how) for _, batches, _ in made]
         flops = round(statistics.median(counts))
     except ConfigError as error:
         notes.append(f"no share of the peak: {error.what}")
@@ -201,15 +201,20 @@ class _Stopwatch:
         return in_parts
 
     def _watched(self, model: nn.Module) -> nn.Module:
-        def backbone(*args, **kwargs) -> mx.array:
-            hidden_states = model.backbone(*args, **kwargs)
+        watched = copy.copy(model)  # the same modules, by the same names
+        for name in ("backbone", "states_at"):
+            if callable(getattr(model, name, None)):
+                setattr(watched, name, self._forward(getattr(model, name)))
+        return watched
+
+    def _forward(self, run: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def runs(*args, **kwargs) -> mx.array:
+            hidden_states = run(*args, **kwargs)
             self.lap("host")
             self.lap("forward", hidden_states)
             return hidden_states
 
-        watched = copy.copy(model)  # the same modules, by the same names
-        watched.backbone = backbone
-        return watched
+        return runs
 
 
 def _timed_step(trainer: Trainer, step: int) -> tuple[_Stopwatch, list[Batch], float]:

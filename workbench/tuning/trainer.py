@@ -26,6 +26,7 @@ from workbench.tuning.memory_watch import MemoryWatch
 from workbench.tuning.optimizers import make_optimizer
 from workbench.tuning.prefix import use_prefix
 from workbench.tuning.progress import Progress
+from workbench.tuning.prompt_sharing import share_prompts
 from workbench.tuning.refusals import check_rows, require_finite
 from workbench.tuning.reporting import make_report
 from workbench.tuning.resuming import RunKeeper
@@ -87,7 +88,9 @@ class Trainer:
         self.guard = MemoryGuard(self.config.memory_limit_bytes)
         self.reports: list[StepReport] = []
         self.progress = Progress()
-        self.prefix = use_prefix(self, own_loss=loss_fn is not None)  # whether it is kept, and why
+        own = loss_fn is not None
+        self.prompt_sharing = share_prompts(self, own)  # whether there is any, and why
+        self.prefix = use_prefix(self, own)  # whether it is kept, and why
         self.stop_reason = ""  # why the loop ended early
         self._peak_rate = self.config.learning_rate
         self._peak_started = False

@@ -77,12 +77,13 @@ class Network:
         shape = (work.rows, work.length, hidden)
         embedded = graph.fresh("Gather", shape, self.itemsize, self.top["embed_tokens"], tokens)
         x = graph.same("Squeeze", embedded)
-        for weights in self.layers:
-            x = self._checkpointed(x, weights) if work.grad_checkpoint else self._layer(x, weights)
-        flat = graph.reshape(x, (work.rows * work.length, hidden))
-        if self.parameters.model.parted:
-            places = graph.held((work.supervised,), FLOAT32, "")
-            flat = graph.fresh("Gather", (work.supervised, hidden), x.itemsize, flat, places)
+        layer = self._checkpointed if work.grad_checkpoint else self._layer
+        for weights in self.layers[:-1]:
+            x = layer(x, weights, None)
+        ends_early = self.parameters.model.parted and work.supervised < work.rows * work.length
+        places = graph.held((work.supervised,), FLOAT32, "") if ends_early else None
+        x = layer(x, self.layers[-1], places)
+        flat = graph.reshape(x, (x.size // hidden, hidden))
         graph.label = LOGITS
         if work.fused_loss:
             loss = fused_loss(graph, flat, self._head, self.top)
@@ -97,24 +98,36 @@ class Network:
         self.graph.label = label
         return self._product(normed, weights.get("lm_head", weights["embed_tokens"]))
 
-    def _layer(self, x: ShapeArray, weights: Weights) -> ShapeArray:
+    def _layer(self, x: ShapeArray, weights: Weights, places: ShapeArray | None) -> ShapeArray:
         graph = self.graph
-        attended = self._attention(self._norm(x, weights[LAYER_NORMS[0]]), weights)
-        x = graph.add(x, attended)
+        attended = self._attention(self._norm(x, weights[LAYER_NORMS[0]]), weights, places)
+        x = graph.add(self._at(x, places), attended)
         return graph.add(x, self._mlp(self._norm(x, weights[LAYER_NORMS[1]]), weights))
 
-    def _checkpointed(self, x: ShapeArray, weights: Weights) -> ShapeArray:
+    def _checkpointed(
+        self, x: ShapeArray, weights: Weights, places: ShapeArray | None
+    ) -> ShapeArray:
         trained = {name: weight for name, weight in weights.items() if weight.trains}
-        output = self._layer(x, weights)
+        output = self._layer(x, weights, places)
         sources = (*trained.values(), x)
 
         def derivative(graph: Graph, output: ShapeArray, flow: ShapeArray) -> Flow:
             """Compute the layer once more, then its gradients (mx.checkpoint)."""
             again = [graph.leaf(array) for array in graph.after(sources, (output,))]
             given = {**weights, **dict(zip(trained, again))}
-            return zip(sources, gradients(graph, self._layer(again[-1], given), again, flow))
+            repeated = self._layer(again[-1], given, places)
+            return zip(sources, gradients(graph, repeated, again, flow))
 
         return self.graph.custom(sources, (output,), derivative)[0]
+
+    def _at(self, x: ShapeArray, places: ShapeArray | None) -> ShapeArray:
+        """(B, T, D) → (N, D) at the places; as it is without any."""
+        if places is None:
+            return x
+        width = x.shape[-1]
+        flat = self.graph.reshape(x, (x.size // width, width))
+        shape = (places.shape[0], width)
+        return self.graph.fresh("Gather", shape, x.itemsize, flat, places)
 
     def _norm(self, x: ShapeArray, weight: ShapeArray) -> ShapeArray:
         graph = self.graph
@@ -154,7 +167,7 @@ class Network:
         mask = graph.unary("AsType", graph.unary("Less", uniform, 1), x.itemsize)
         return graph.multiply(graph.multiply(mask, x), graph.scalar(x.shape, x.itemsize))
 
-    def _attention(self, x: ShapeArray, weights: Weights) -> ShapeArray:
+    def _attention(self, x: ShapeArray, weights: Weights, places: ShapeArray | None) -> ShapeArray:
         graph, config = self.graph, self.config
         rows, length, _ = x.shape
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -168,7 +181,7 @@ class Network:
         joined = graph.reshape(
             graph.transpose(attended, 0, 2, 1, 3), (rows, length, heads * config.head_dim)
         )
-        return self._linear(joined, weights, "self_attn.o_proj")
+        return self._linear(self._at(joined, places), weights, "self_attn.o_proj")
 
     def _plain_attention(
         self, x: ShapeArray, weights: Weights, queries: ShapeArray, keys: ShapeArray
