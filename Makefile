@@ -26,14 +26,14 @@ faults: $(INSTALLED)  ## what kills, full disks, hostile files and bad numbers d
 	$(BIN)/python -m pytest -m "not browser" tests/faults tests/test_resume.py tests/test_bad_steps.py tests/test_interrupts.py
 
 benchmark: $(PEERS)  ## against mlx-lm and torch with PEFT: about 13 minutes on two CPU cores
-	$(BIN)/python -m workbench.benchmarks --out build/benchmark
-	@echo "The figures as JSON: build/benchmark"
+	$(BIN)/python -m workbench.runs.notebooks notebooks/09_benchmark.ipynb --out build --echo -p verbose True
+	@echo "The executed notebook: build/09_benchmark.ipynb; the figures: notebooks/out/benchmark.json"
 
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=.
 
-notebooks: $(INSTALLED)  ## execute every notebook anew, in place
-	$(BIN)/python -m workbench.runs.notebooks notebooks/*.ipynb
+notebooks: $(INSTALLED)  ## execute every notebook anew, in place; the benchmark has its own target
+	$(BIN)/python -m workbench.runs.notebooks $(filter-out notebooks/09_%,$(wildcard notebooks/*.ipynb))
 
 lint: $(INSTALLED)  ## ruff, on code and notebooks
 	$(BIN)/ruff check .

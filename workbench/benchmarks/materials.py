@@ -86,7 +86,7 @@ class Materials:
             "max_length": max(len(row) for row, _ in rows) + (32 if workload.kind == "chat" else 0),
             "optimizer": {"learning_rate": workload.learning_rate, **OPTIMIZER},
             "grad_checkpoint": workload.grad_checkpoint,
-            "settings": OUR_SETTINGS[workload.name],
+            "settings": OUR_SETTINGS.get(workload.name, {}),
             "seed": seed,
         }
         path = self.folder / f"{workload.name}.json"

@@ -53,7 +53,7 @@ class OurPeer:
             (rows,) = trainer.plan.micro_batches(step)
             assert list(rows) == wanted, f"step {step} trains other rows than the peers"
         self.steps = iter(trainer)
-        return {"note": f"{trainer.prefix}; {job['settings']}"}
+        return {"note": f"{trainer.prefix}; {trainer.prompt_sharing}; {job['settings']}"}
 
     def describe(self) -> dict:
         """What computes here, and how fast a matrix product is."""
