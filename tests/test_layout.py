@@ -15,6 +15,7 @@ FLOORS = {  # a room may import from its own floor and from those below
     "errors": 0,
     "blas": 1,
     "machine": 1,
+    "blocks": 1,
     "numerics": 1,
     "backend": 2,
     "models": 3,

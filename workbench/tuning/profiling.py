@@ -232,6 +232,7 @@ def _timed_step(trainer: Trainer, step: int) -> tuple[_Stopwatch, list[Batch], f
     clipped, norm = clip_by_global_norm(gradients, config.max_grad_norm)
     places = [trainer.data.train[row].where for batch in batches for row in batch.rows]
     require_finite(loss, norm, gradients, step + 1, places)
+    del gradients  # clipping writes over arrays that nobody else holds
     rate = trainer.learning_rate(min(step, trainer.total_steps - 1))
     apply_update(trainer.model, trainer.optimizer, clipped, loss, rate, step + 1)
     watch.lap("update")

@@ -270,6 +270,7 @@ class Trainer:
                 raise
             self.progress.bad_steps += 1
             return make_report(self, batches, loss.item(), norm.item(), started, skipped=True)
+        del gradients  # clipping writes over arrays that nobody else holds
         rate = self.learning_rate(step)
         apply_update(self.model, self.optimizer, clipped, loss, rate, step + 1)
         return make_report(self, batches, loss.item(), norm.item(), started)

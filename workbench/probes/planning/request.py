@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from workbench.blocks import UPDATE_NUMBERS
 from workbench.errors import ConfigError, check_number, check_whole
 from workbench.probes.planning.arrays import FLOAT32
 from workbench.probes.planning.dimensions import Model
@@ -237,7 +238,8 @@ def _whatever_the_batch(request: Request) -> tuple[Moment, Moment]:
     parameters = request.parameters()
     load = load_moment(parameters, WIDTHS.get(request.model.file_dtype or "", 2))
     held = {**held_bytes(request), GRADIENTS: parameters.trainable_bytes}
-    return load, update_moment(parameters, held)
+    limit = UPDATE_NUMBERS["gpu" if request.gpu else "cpu"]
+    return load, update_moment(parameters, held, limit)
 
 
 def _any_batch(request: Request) -> Request:
