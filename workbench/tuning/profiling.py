@@ -228,8 +228,7 @@ def _timed_step(trainer: Trainer, step: int) -> tuple[_Stopwatch, list[Batch], f
     loss_sum, gradients = accumulate(trainer.model, loss_fn, batches, seed, again)
     watch.lap("backward")
     loss = loss_sum / num_tokens
-    gradients = tree_map(lambda g: g / num_tokens, gradients)
-    clipped, norm = clip_by_global_norm(gradients, config.max_grad_norm)
+    clipped, norm = clip_by_global_norm(gradients, config.max_grad_norm, num_tokens)
     places = [trainer.data.train[row].where for batch in batches for row in batch.rows]
     require_finite(loss, norm, gradients, step + 1, places)
     del gradients  # clipping writes over arrays that nobody else holds

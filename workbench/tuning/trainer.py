@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from workbench.data.batches import BatchPlan, collate
 from workbench.data.datasets import Dataset
@@ -259,8 +259,7 @@ class Trainer:
         seed, again = step_seed(self.config.seed, step), self.config.grad_checkpoint
         loss_sum, gradients = accumulate(self.model, self.loss_fn, batches, seed, again)
         loss = loss_sum / num_tokens
-        gradients = tree_map(lambda g: g / num_tokens, gradients)
-        clipped, norm = clip_by_global_norm(gradients, self.config.max_grad_norm)
+        clipped, norm = clip_by_global_norm(gradients, self.config.max_grad_norm, num_tokens)
         places = [self.data.train[row].where for batch in batches for row in batch.rows]
         try:
             require_finite(loss, norm, gradients, step + 1, places)
