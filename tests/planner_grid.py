@@ -68,6 +68,14 @@ SHAPES = {  # toys of several proportions
         "vocab_size": 20000,
         "tie_word_embeddings": False,
     },
+    "heads": {
+        "hidden_size": 128,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "vocab_size": 500,
+    },
 }
 FOREIGN = ("qwen2", "qwen3")  # toys in the first shape, built by mlx-lm
 
@@ -105,6 +113,8 @@ SMALL = (  # seconds
     Case("words", rows=6, length=100, settings={"mode": "full"}),  # two chunks and blocks
     Case("toy", rows=3, length=200),
     Case("toy", rows=2, length=130, settings={"mode": "head"}),
+    Case("heads", rows=9, length=450),  # attention makes its probabilities again
+    Case("heads", rows=9, length=450, settings={"grad_checkpoint": True}),
 )
 LARGE = (  # a minute
     Case("toy", rows=8),

@@ -10,7 +10,14 @@ import pytest
 
 from tests.toy import toy_base, toy_model
 from workbench.models import forms
-from workbench.models.forms import attend, exponential, is_fast, plain_forms, silu_product
+from workbench.models.forms import (
+    attend,
+    exponential,
+    is_fast,
+    keeps_probabilities,
+    plain_forms,
+    silu_product,
+)
 
 only_fast = pytest.mark.skipif(
     sys.platform != "linux" or mx.default_device().type != mx.cpu,
@@ -57,6 +64,37 @@ def test_attention_and_its_gradients_are_those_of_the_plain_form(name, size):
     scale = arrays[0].shape[-1] ** -0.5
     ours, theirs = both(lambda q, k, v: attend(q, k, v, scale, "causal"), arrays, flow)
     assert_close(ours, theirs)
+
+
+@only_fast
+@pytest.mark.parametrize("size", [1.0, 8.0])
+@pytest.mark.parametrize("name", SHAPES)
+def test_probabilities_that_are_computed_again_give_the_same_gradients(name, size, monkeypatch):
+    *arrays, flow = inputs(name, size)
+    scale = arrays[0].shape[-1] ** -0.5
+    monkeypatch.setattr(forms, "KEPT_BYTES", 0)
+    ours, theirs = both(lambda q, k, v: attend(q, k, v, scale, "causal"), arrays, flow)
+    assert_close(ours, theirs)
+
+
+def test_probabilities_of_short_sequences_are_kept():
+    assert keeps_probabilities((4, 9, 256, 64), (4, 3, 256, 64))
+    assert keeps_probabilities((8, 9, 1, 64), (8, 3, 8192, 64))
+    assert not keeps_probabilities((1, 9, 2048, 64), (1, 3, 2048, 64))
+
+
+@only_fast
+def test_a_long_sequence_holds_a_few_blocks_of_probabilities_at_a_time():
+    shape = (1, 4, 2500, 16)
+    arrays = [mx.random.normal(shape, key=key) for key in mx.random.split(mx.random.key(1), 3)]
+    mx.eval(arrays)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    gradient = mx.grad(lambda q, k, v: attend(q, k, v, 0.25, "causal").sum(), (0, 1, 2))
+    mx.eval(gradient(*arrays))
+    assert not keeps_probabilities(shape, shape)
+    whole = 4 * 4 * 2500 * 2500 / 2  # of which the largest block is a twentieth
+    assert mx.get_peak_memory() - before < 0.6 * whole  # 1.9 if they are kept
 
 
 @only_fast

@@ -39,6 +39,17 @@ def test_a_missing_tensor_is_named(model_folder):
         wb.load_model(model_folder)
 
 
+def test_only_weights_that_fit_are_read_beside_the_tokenizer(model_folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(mx, "async_eval", lambda *trees: read.append(len(trees)))
+    wb.load_model(model_folder)
+    assert read == [1]
+    rewrite(model_folder, lambda tensors: tensors.pop(A_WEIGHT))
+    with pytest.raises(WeightsError):
+        wb.load_model(model_folder)
+    assert read == [1]
+
+
 def test_an_extra_tensor_is_named(model_folder):
     rewrite(model_folder, lambda tensors: tensors.update({"model.extra.bias": mx.ones(3)}))
     with pytest.raises(WeightsError, match=r"1 unexpected: model\.extra\.bias"):

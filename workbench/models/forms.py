@@ -3,7 +3,8 @@
 There, MLX takes `mx.exp` and what rests on it 12 ns a number, a conditional 4 ns, a product 0.2 ns
 (2 cores, mlx 0.32.4). The fast forms take exponentials by `mx.power`, 4 ns, and far fewer of them:
 attention leaves out the keys that a block of queries cannot see, and both write their gradients
-by hand, from what the forward pass has kept. Float32 only; results agree within 1e-5 relative.
+by hand, from what the forward pass has kept. Of long sequences attention keeps no probabilities,
+and computes them again, a block at a time. Float32 only; results agree within 1e-5 relative.
 Elsewhere, MLX has kernels of its own and the readable forms are used.
 """
 
@@ -19,6 +20,7 @@ import mlx.core as mx
 
 QUERIES = 64  # of a block: smaller ones see fewer keys in vain, larger ones are fewer products
 HIDDEN = -1e9  # at most the score of a key that a query must not see
+KEPT_BYTES = 32_000_000  # of a call's probabilities; more are computed again for the gradient
 LOWEST = -80.0  # exponent: its power is 2e-35, and numbers below 1e-38 are slow to compute with
 
 _plain = False
@@ -92,10 +94,25 @@ def _silu_product_gradients(primals: tuple, flows: tuple, outputs: tuple) -> tup
 
 @functools.cache
 def _causal_attention(scale: float) -> Callable:
-    """(queries, keys, values) → attended, and each block's probabilities for the gradient."""
+    """(queries, keys, values) → attended, and what its gradient needs.
+
+    That is each block's probabilities, or, where they would be large, each row's highest score
+    and 1 / sum.
+    """
     attention = mx.custom_function(functools.partial(_attended, scale))
     attention.vjp(functools.partial(_attention_gradients, scale))
     return attention
+
+
+def keeps_probabilities(queries: tuple[int, ...], keys: tuple[int, ...]) -> bool:
+    """Whether the gradient uses probabilities that the forward pass has kept.
+
+    Args:
+        queries: (B, H, T, D), a shape.
+        keys: (B, KV, S, D).
+    """
+    (B, H, T, _), S = queries, keys[2]
+    return 4 * B * H * T * (S - T // 2) <= KEPT_BYTES
 
 
 def _attended(scale: float, queries: mx.array, keys: mx.array, values: mx.array) -> tuple:
@@ -104,17 +121,38 @@ def _attended(scale: float, queries: mx.array, keys: mx.array, values: mx.array)
     They are one matrix of R · positions rows.
     """
     grouped, before = _grouped(queries, keys), keys.shape[2] - queries.shape[2]
-    attended, kept = [], []
+    keeps = keeps_probabilities(queries.shape, keys.shape)
+    attended, kept, sums = [], [], []
     for start, end in _blocks(queries.shape[2]):
-        seen, size = before + end, end - start
-        rows, visible = scale * _rows(grouped[:, :, :, start:end]), _visible(size, seen)
-        scores = _split(rows @ keys[:, :, :seen].swapaxes(-1, -2), grouped, size)
-        scores = mx.minimum(scores, mx.where(visible, math.inf, HIDDEN))
-        scores = mx.maximum(scores - scores.max(axis=-1, keepdims=True), LOWEST)
-        weights = exponential(scores) * visible
-        kept.append(weights * (1 / weights.sum(axis=-1, keepdims=True)))
-        attended.append(_split(_rows(kept[-1]) @ values[:, :, :seen], grouped, size))
+        block, seen = grouped[:, :, :, start:end], before + end
+        if attended and not keeps:
+            block = _after(block, attended[-1])
+        weights, highest = _weights(scale, block, keys[:, :, :seen])
+        share = 1 / weights.sum(axis=-1, keepdims=True)
+        if keeps:
+            kept.append(weights * share)
+            attended.append(_split(_rows(kept[-1]) @ values[:, :, :seen], block))
+        else:
+            attended.append(_split(_rows(weights) @ values[:, :, :seen], block) * share)
+            sums.append((highest, share))
+    if not keeps:
+        kept = [mx.concatenate(parts, axis=3) for parts in zip(*sums)]
     return mx.concatenate(attended, axis=3).reshape(queries.shape), *kept
+
+
+def _weights(
+    scale: float, queries: mx.array, keys: mx.array, highest: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """exp(scores - highest) of a block (B, KV, R, T, D) and the S keys that its last row sees.
+
+    Returns:
+        (B, KV, R, T, S), and each row's highest score (B, KV, R, T, 1), if it was not given.
+    """
+    visible = _visible(queries.shape[3], keys.shape[2])
+    scores = _split(_rows(scale * queries) @ keys.swapaxes(-1, -2), queries)
+    scores = mx.minimum(scores, mx.where(visible, math.inf, HIDDEN))
+    highest = scores.max(axis=-1, keepdims=True) if highest is None else highest
+    return exponential(mx.maximum(scores - highest, LOWEST)) * visible, highest
 
 
 def _attention_gradients(scale: float, primals: tuple, flows: tuple, outputs: tuple) -> tuple:
@@ -122,14 +160,22 @@ def _attention_gradients(scale: float, primals: tuple, flows: tuple, outputs: tu
     queries, keys, values = primals
     grouped, flow = _grouped(queries, keys), _grouped(flows[0], keys)
     row_sums = (flow * _grouped(outputs[0], keys)).sum(axis=-1, keepdims=True)
+    keeps = keeps_probabilities(queries.shape, keys.shape)
     by_queries, by_keys, by_values = [], None, None
-    for (start, end), chances in zip(_blocks(queries.shape[2]), outputs[1:]):
-        seen, size = chances.shape[-1], end - start
-        rows, pulled = _rows(grouped[:, :, :, start:end]), _rows(flow[:, :, :, start:end])
-        slopes = _split(pulled @ values[:, :, :seen].swapaxes(-1, -2), grouped, size)
+    for number, (start, end) in enumerate(_blocks(queries.shape[2])):
+        block, pulled = grouped[:, :, :, start:end], _rows(flow[:, :, :, start:end])
+        seen = keys.shape[2] - queries.shape[2] + end
+        if keeps:
+            chances = outputs[1 + number]
+        else:
+            if by_queries:
+                block, pulled = mx.depends([block, pulled], [by_queries[-1], by_keys, by_values])
+            highest, share = (kept[:, :, :, start:end] for kept in outputs[1:])
+            chances = _weights(scale, block, keys[:, :, :seen], highest)[0] * share
+        slopes = _split(pulled @ values[:, :, :seen].swapaxes(-1, -2), block)
         slopes = _rows(chances * (slopes - row_sums[:, :, :, start:end]))
-        by_queries.append(_split(slopes @ keys[:, :, :seen], grouped, size))
-        by_keys = _added(by_keys, slopes.swapaxes(-1, -2) @ rows)
+        by_queries.append(_split(slopes @ keys[:, :, :seen], block))
+        by_keys = _added(by_keys, slopes.swapaxes(-1, -2) @ _rows(block))
         by_values = _added(by_values, _rows(chances).swapaxes(-1, -2) @ pulled)
     by_queries = scale * mx.concatenate(by_queries, axis=3).reshape(queries.shape)
     return by_queries, scale * by_keys, by_values
@@ -150,9 +196,9 @@ def _rows(x: mx.array) -> mx.array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _split(x: mx.array, like: mx.array, length: int) -> mx.array:
-    """(B, KV, R · T, D) → (B, KV, R, T, D)."""
-    return x.reshape(*like.shape[:3], length, x.shape[-1])
+def _split(x: mx.array, like: mx.array) -> mx.array:
+    """(B, KV, R · T, S) → (B, KV, R, T, S), with R and T of another array."""
+    return x.reshape(*like.shape[:4], x.shape[-1])
 
 
 def _added(total: mx.array | None, more: mx.array) -> mx.array:
@@ -166,3 +212,8 @@ def _added(total: mx.array | None, more: mx.array) -> mx.array:
 def _visible(length: int, seen: int) -> mx.array:
     """(T, S): whether one of the last T positions sees a key."""
     return mx.arange(seen)[None, :] <= mx.arange(seen - length, seen)[:, None]
+
+
+def _after(x: mx.array, other: mx.array) -> mx.array:
+    # Nothing else keeps MLX from computing the scores of several blocks before it uses them.
+    return mx.depends([x], [other])[0]

@@ -147,6 +147,9 @@ def _load_folder(path: Path, dtype: mx.Dtype | None, tokenizer: object) -> BaseM
     raw_config = read_config(path)
     build = _build_llama if _is_ours(raw_config) else _build_with_mlx_lm
     model, config, report = build(path, raw_config, dtype)
+    if report.complete:
+        _require_room(model, path)
+        mx.async_eval(model.parameters())  # MLX reads them while the tokenizer is made
     words = load_tokenizer(tokenizer or path)  # after it: transformers, too, reads config.json
     check_tokenizer(words, embedding_rows(model, config), path)
     return BaseModel(model, words, config, report, "", path, raw_config)

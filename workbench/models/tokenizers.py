@@ -47,12 +47,19 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         )
         tokenizer.encode("")  # a broken post-processor shows only here
         # Without a file of its vocabulary, transformers makes a tokenizer of special tokens alone.
-        if len(tokenizer.get_vocab()) - len(tokenizer.added_tokens_encoder) < 2:
+        if not _has_words(tokenizer):
             raise ValueError("its vocabulary is missing or empty")
         template = tokenizer.chat_template
         if not isinstance(template, str | dict | None):
             raise ValueError(f"its chat template is a {type(template).__name__}")
     return tokenizer
+
+
+def _has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether there are two tokens at least beside those that were added."""
+    added = len(tokenizer.added_tokens_encoder)
+    # The first number comes at once; it may leave out tokens, and the dictionary takes 30 ms.
+    return tokenizer.vocab_size >= added + 2 or len(tokenizer.get_vocab()) >= added + 2
 
 
 def _check_files(folder: Path) -> None:
