@@ -12,7 +12,6 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from workbench.blocks import grouped, in_rows, joined, parted, rows_in_block
-from workbench.numerics import JOINED_NUMBERS, not_finite
 from workbench.probes.planning.arrays import FLOAT32, ShapeArray
 from workbench.probes.planning.steps import update_moment
 from workbench.tuning.blocks import Blockwise
@@ -239,23 +238,3 @@ def test_rows_are_cut_to_the_limit():
     assert [in_rows(mx.zeros(s)).shape for s in ((5,), (2, 3), (2, 3, 4))] == [(5,), (2, 3), (6, 4)]
     assert rows_in_block(10, 100, 35) == 3
     assert rows_in_block(10, 100, 5) == 1
-
-
-# NaN and infinity
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_the_bad_one_among_many_is_named(value):
-    tree = {
-        "w": [mx.ones(JOINED_NUMBERS // 4) for _ in range(9)],
-        "big": mx.ones(4 * JOINED_NUMBERS),
-    }
-    assert not_finite(tree) == []
-    tree["w"][6] = mx.where(mx.arange(JOINED_NUMBERS // 4) == 5, value, tree["w"][6])
-    assert not_finite(tree) == ["w.6"]
-    tree["big"][-1] = value
-    assert sorted(not_finite(tree)) == ["big", "w.6"]
-
-
-def test_a_sum_that_overflows_is_no_bad_array():
-    assert not_finite({"w": [mx.full(100, 6e4, mx.float16), mx.ones(3, mx.float16)]}) == []

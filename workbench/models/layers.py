@@ -107,6 +107,34 @@ def causal_mask(length: int, offset: int = 0, padding: mx.array | None = None) -
     return (mask & visible) | (keys == queries)
 
 
+class Linear(nn.Linear):
+    """A linear layer; where it trains, the gradient of its weight lies in memory by rows.
+
+    MLX's own lies by columns, and what reads it beside the weight is ten times slower on a CPU:
+    for a head of 28 million numbers 190 ms an operation against 16.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (..., in) → (..., out)."""
+        if "weight" in self._no_grad:
+            return super().__call__(x)
+        output = _project(x, self.weight)
+        return output + self.bias if "bias" in self else output
+
+
+@mx.custom_function
+def _project(x: mx.array, weight: mx.array) -> mx.array:
+    """x (..., in), weight (out, in) → (..., out)."""
+    return x @ weight.T
+
+
+@_project.vjp
+def _project_gradients(primals: tuple, flow: mx.array, output: mx.array) -> tuple:
+    x, weight = primals
+    rows = x.reshape(-1, x.shape[-1])
+    return flow @ weight, flow.reshape(-1, flow.shape[-1]).T @ rows
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023): a key/value head serves H / KV query heads."""
 
@@ -116,10 +144,10 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scale = head_dim**-0.5
         bias = config.attention_bias
-        self.q_proj = nn.Linear(dim, self.num_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(dim, self.num_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(dim, self.num_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * head_dim, dim, bias=bias)
+        self.q_proj = Linear(dim, self.num_heads * head_dim, bias=bias)
+        self.k_proj = Linear(dim, self.num_kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(dim, self.num_kv_heads * head_dim, bias=bias)
+        self.o_proj = Linear(self.num_heads * head_dim, dim, bias=bias)
         self.rope = RotaryEmbedding(
             head_dim, config.rope_theta, config.max_position_embeddings, config.rope_scaling
         )
@@ -197,9 +225,9 @@ class SwiGLU(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(dim, hidden, bias=bias)
-        self.up_proj = nn.Linear(dim, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, dim, bias=bias)
+        self.gate_proj = Linear(dim, hidden, bias=bias)
+        self.up_proj = Linear(dim, hidden, bias=bias)
+        self.down_proj = Linear(hidden, dim, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x (B, T, hidden_size) → the same shape."""

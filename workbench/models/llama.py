@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from workbench.models.layers import Attention, KVCache, SwiGLU, at_places, causal_mask
+from workbench.models.layers import Attention, KVCache, Linear, SwiGLU, at_places, causal_mask
 from workbench.models.llama_config import LlamaConfig
 from workbench.models.shared_prompt import SharedPrompt
 
@@ -59,7 +59,7 @@ class Llama(nn.Module):
         self.config = config
         self.model = LlamaModel(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(
         self,

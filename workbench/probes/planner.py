@@ -48,8 +48,8 @@ def plan_memory(
         ConfigError: a setting is out of range, or the network's kind cannot be predicted.
     """
     machine, model = _checked(machine), read_model(config)
-    limit = machine.cache_limit_bytes if cache_limit_bytes is None else cache_limit_bytes
-    check_whole("cache_limit_bytes", limit, 0)
+    if cache_limit_bytes is not None:
+        check_whole("cache_limit_bytes", cache_limit_bytes, 0)
     check_number("leak_bytes_per_step", leak_bytes_per_step, 0)
     if bits is None and machine.gpu and mode == "lora":
         bits = model.file_bits
@@ -57,7 +57,9 @@ def plan_memory(
     how = {"grad_accum_steps": grad_accum_steps, "grad_checkpoint": grad_checkpoint}
     what = {"mode": mode, "bits": bits, "fused_loss": fused_loss}
     request = make_request(model, lora, dtype, machine, **rows, **how, **what)
-    return MemoryPlan(request, machine, limit, leak_bytes_per_step)
+    if cache_limit_bytes is None:
+        cache_limit_bytes = machine.cache_limit_bytes(request.parameters().large_trainable_bytes)
+    return MemoryPlan(request, machine, cache_limit_bytes, leak_bytes_per_step)
 
 
 def _checked(machine: Machine | None) -> Machine:
@@ -143,5 +145,6 @@ def _with_rows(plan: MemoryPlan, rows: int, size: int) -> MemoryPlan:
     tried = with_settings(plan, {"micro_batch_size": size, "grad_accum_steps": -(-rows // size)})
     cache = 0
     if tried.resident_bytes < tried.comfortable_bytes:
-        cache = max(0, min(plan.machine.cache_limit_bytes, tried.spare_bytes))
+        large = tried.request.parameters().large_trainable_bytes
+        cache = max(0, min(tried.machine.cache_limit_bytes(large), tried.spare_bytes))
     return with_settings(tried, {"cache_limit_bytes": cache})

@@ -137,7 +137,7 @@ def profile_step(trainer: Trainer, steps: int = 3) -> StepProfile:
     """
     check_whole("steps", steps, 1)
     first = trainer.steps_done
-    with cache_limit(trainer.config.cache_limit_bytes):
+    with cache_limit(trainer.cache_limit_bytes):
         with _taken_back(trainer):
             _timed_step(trainer, first)
         with _taken_back(trainer):

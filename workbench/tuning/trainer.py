@@ -11,9 +11,11 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
+from workbench.backend import default_cache_limit
 from workbench.data.batches import BatchPlan, collate
 from workbench.data.datasets import Dataset
 from workbench.errors import ConfigError, NotFiniteError, RunError, TrainingError, check_number
+from workbench.machine import LARGE_BLOCK_BYTES
 from workbench.models.loading import BaseModel
 from workbench.probes.guard import MemoryGuard
 from workbench.probes.memory import cache_limit, reset_peak
@@ -69,7 +71,7 @@ class Trainer:
         allow_changes: bool = False,
     ):
         self.base, self.data, self.config = base, data, config or TrainConfig()
-        self.model = base.model
+        self.model, self.stop_reason = base.model, ""  # why the loop ended early
         if not tree_flatten(self.model.trainable_parameters()):
             raise TrainingError("nothing is trainable", cure="Attach an adapter: wb.add_lora(…).")
         if run_dir is None and (self.config.reload_every or self.config.reload_above_bytes):
@@ -88,10 +90,8 @@ class Trainer:
         self.guard = MemoryGuard(self.config.memory_limit_bytes)
         self.reports: list[StepReport] = []
         self.progress = Progress()
-        own = loss_fn is not None
-        self.prompt_sharing = share_prompts(self, own)  # whether there is any, and why
-        self.prefix = use_prefix(self, own)  # whether it is kept, and why
-        self.stop_reason = ""  # why the loop ended early
+        self.prompt_sharing = share_prompts(self, loss_fn is not None)  # if there is any, and why
+        self.prefix = use_prefix(self, loss_fn is not None)  # whether it is kept, and why
         self._peak_rate = self.config.learning_rate
         self._peak_started = False
         self._memory = MemoryWatch()
@@ -122,6 +122,14 @@ class Trainer:
         check_number("peak_learning_rate", rate, 0)
         self._peak_rate = float(rate)
 
+    @property
+    def cache_limit_bytes(self) -> int:
+        """What MLX may keep for reuse while this trains."""
+        if self.config.cache_limit_bytes is not None:
+            return self.config.cache_limit_bytes
+        arrays = [array for _, array in tree_flatten(self.model.trainable_parameters())]
+        return default_cache_limit(sum(a.nbytes for a in arrays if a.nbytes >= LARGE_BLOCK_BYTES))
+
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
         return learning_rate_at(
@@ -146,7 +154,7 @@ class Trainer:
         """
         self.stop_reason = ""
         try:
-            with orderly_exit(), cache_limit(self.config.cache_limit_bytes):
+            with orderly_exit(), cache_limit(self.cache_limit_bytes):
                 yield
         finally:
             if self.run is not None and self.run.is_mine and self.reports:

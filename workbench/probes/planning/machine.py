@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from workbench.backend import CPU_CACHE_BYTES, on_gpu
+from workbench.backend import cpu_cache_bytes, on_gpu
 from workbench.errors import ConfigError, check_whole
 from workbench.machine import machine_memory, process_memory
 
@@ -69,11 +69,10 @@ class Machine:
             return self.available_bytes
         return int(USABLE * self.total_bytes)
 
-    @property
-    def cache_limit_bytes(self) -> int:
-        """The trainer's default bound on the allocator's cache on such a machine."""
+    def cache_limit_bytes(self, large_bytes: int) -> int:
+        """The trainer's default bound on the allocator's cache; see `default_cache_limit`."""
         third = self.total_bytes // 3
-        return third if self.gpu else min(CPU_CACHE_BYTES, third)
+        return third if self.gpu else min(cpu_cache_bytes(large_bytes), third)
 
     @property
     def process_on_device(self) -> bool:

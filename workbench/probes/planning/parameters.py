@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from workbench.machine import LARGE_BLOCK_BYTES
 from workbench.probes.planning.arrays import FLOAT32, ShapeArray
 from workbench.probes.planning.dimensions import Model
 from workbench.probes.planning.graph import Graph
@@ -74,6 +75,11 @@ class Parameters:
     def trainable_bytes(self) -> int:
         """Bytes of what trains."""
         return sum(array.nbytes for array in self.trainable)
+
+    @property
+    def large_trainable_bytes(self) -> int:
+        """Bytes of what trains, in arrays that the C library maps one by one."""
+        return sum(array.nbytes for array in self.trainable if array.nbytes >= LARGE_BLOCK_BYTES)
 
     def _layer(self, layer: int) -> Iterator[tuple[str, ShapeArray]]:
         full = self.mode == "full"
