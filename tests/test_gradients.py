@@ -40,4 +40,4 @@ def test_the_norm_is_that_of_all_numbers_however_they_are_cut():
     gradients = [mx.random.normal(shape, key=mx.random.key(n)) for n, shape in enumerate(shapes)]
     squares = sum(float(np.square(np.array(g, np.float64)).sum()) for g in gradients)
     norm = clip_by_global_norm({"list": gradients}, 0)[1]
-    assert norm.item() == pytest.approx(math.sqrt(squares), rel=1e-5)
+    assert norm.item() == pytest.approx(math.sqrt(squares), rel=1e-4)

@@ -20,6 +20,7 @@ from workbench.data.examples import Example
 from workbench.errors import FallbackWarning
 from workbench.models.checkpointing import checkpointed_layers
 from workbench.models.forms import plain_forms
+from workbench.models.llama import DecoderLayer
 from workbench.models.loading import load_model
 from workbench.models.shared_prompt import SharedPrompt, find_shared_prompt
 from workbench.tuning.config import TrainConfig
@@ -105,6 +106,21 @@ def test_the_tokens_they_share_run_once():
     width = model.config.hidden_size
     early = [(1, packed, width)] * (len(model.layers) - 1)
     assert seen == [*early, (batch.num_tokens, width)]  # the last layer ends where it counts
+
+
+def test_layers_of_somebody_elses_run_whole():
+    class Foreign(DecoderLayer):
+        def __call__(self, x, mask, cache=None):
+            return 2 * super().__call__(x, mask, cache)
+
+    model, batch = toy_model(), whole_batch()
+    layer = Foreign(model.config)
+    layer.update(model.layers[-1].parameters())
+    model.layers[-1] = layer
+    expected = sums(model, plain_loss, batch)
+    assert_same(sums(model, SharedPromptLoss(fused_loss), batch), expected)
+    with checkpointed_layers(model):
+        assert_same(sums(model, SharedPromptLoss(fused_loss), batch), expected)
 
 
 def test_places_of_a_packed_batch():

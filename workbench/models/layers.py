@@ -157,15 +157,12 @@ class Attention(nn.Module):
         x: mx.array,
         mask: mx.array | str | SharedPrompt | None,
         cache: KVCache | None = None,
-        places: mx.array | None = None,
     ) -> mx.array:
-        """x (B, T, hidden_size) → the same shape, or (N, hidden_size) of N places in B · T."""
+        """x (B, T, hidden_size) → the same shape."""
         projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if isinstance(mask, SharedPrompt):
-            attended = self._attend_shared(mask, *projected)
-        else:
-            attended = self._attend(mask, cache, *projected)
-        return self.o_proj(attended if places is None else at_places(attended, places))
+            return self.o_proj(self._attend_shared(mask, *projected))
+        return self.o_proj(self._attend(mask, cache, *projected))
 
     def _attend(
         self,

@@ -7,6 +7,9 @@ Right for Llama 2, 3, 3.1, 3.2, TinyLlama, SmolLM2, and Mistral without a slidin
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -34,8 +37,8 @@ class DecoderLayer(nn.Module):
         places: mx.array | None = None,
     ) -> mx.array:
         """x (B, T, hidden_size) → the same shape, or (N, hidden_size) of N places in B · T."""
-        attended = self.self_attn(self.input_layernorm(x), mask, cache, places)
-        x = (x if places is None else at_places(x, places)) + attended
+        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        x = x if places is None else at_places(x, places)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -134,7 +137,7 @@ class Llama(nn.Module):
         caches = cache or [None] * len(self.layers)
         run = list(zip(self.layers, caches))[first:end]
         for number, (layer, layer_cache) in enumerate(run, start=1):
-            if number == len(run) and places is not None:
+            if number == len(run) and places is not None and _takes_places(type(layer)):
                 return layer(hidden_states, mask, layer_cache, places)
             hidden_states = layer(hidden_states, mask, layer_cache)
         return hidden_states if places is None else at_places(hidden_states, places)
@@ -154,6 +157,16 @@ class Llama(nn.Module):
     def make_cache(self, capacity: int = 256) -> list[KVCache]:
         """A fresh KV cache a layer, with room for `capacity` positions before it grows."""
         return [KVCache(capacity) for _ in self.layers]
+
+
+@functools.cache
+def _takes_places(kind: type) -> bool:
+    """Whether a layer can end at some places; one that somebody has put there may not."""
+    for each in kind.__mro__:
+        names = inspect.signature(each.__call__).parameters if "__call__" in vars(each) else {}
+        if names and "kwargs" not in names:  # a checkpointed layer passes on what it gets
+            return "places" in names
+    return False
 
 
 def _attention_mask(length: int, offset: int, padding: mx.array | None) -> mx.array | str | None:

@@ -30,8 +30,8 @@ def step_flops(
         scores, and weighted values    2 · B · heads · T² · head_dim, each, for the whole square
         head                           2 · S · hidden_size · V
 
-    In the last layer, those after attention are at the S positions only. Of rows that share their
-    first P inputs, these are computed once: N = P + B · (T - P), and the squares are
+    In the last layer, those of the feed-forward layer are at the S positions only. Of rows that
+    share their first P inputs, these are computed once: N = P + B · (T - P), and the squares are
     P² + B · (T - P) · T.
 
     A loss of one's own that takes the head elsewhere, too, needs more than is counted here. Layers
@@ -88,8 +88,8 @@ class _Products:
         squares = 2 * attention.num_heads * self.squares * head_dim
         self.add(squares, queries, keys)
         self.add(squares, queries or keys, values)
-        here = self.supervised if is_last else here
         grows = self.linear(attention.o_proj, queries or keys or values, here) or grows
+        here = self.supervised if is_last else here
         inputs = grows or _trains(layer.post_attention_layernorm)
         gate, up = self.linear(mlp.gate_proj, inputs, here), self.linear(mlp.up_proj, inputs, here)
         return self.linear(mlp.down_proj, gate or up, here) or grows

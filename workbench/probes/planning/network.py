@@ -100,8 +100,8 @@ class Network:
 
     def _layer(self, x: ShapeArray, weights: Weights, places: ShapeArray | None) -> ShapeArray:
         graph = self.graph
-        attended = self._attention(self._norm(x, weights[LAYER_NORMS[0]]), weights, places)
-        x = graph.add(self._at(x, places), attended)
+        x = graph.add(x, self._attention(self._norm(x, weights[LAYER_NORMS[0]]), weights))
+        x = self._at(x, places)
         return graph.add(x, self._mlp(self._norm(x, weights[LAYER_NORMS[1]]), weights))
 
     def _checkpointed(
@@ -167,7 +167,7 @@ class Network:
         mask = graph.unary("AsType", graph.unary("Less", uniform, 1), x.itemsize)
         return graph.multiply(graph.multiply(mask, x), graph.scalar(x.shape, x.itemsize))
 
-    def _attention(self, x: ShapeArray, weights: Weights, places: ShapeArray | None) -> ShapeArray:
+    def _attention(self, x: ShapeArray, weights: Weights) -> ShapeArray:
         graph, config = self.graph, self.config
         rows, length, _ = x.shape
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -181,7 +181,7 @@ class Network:
         joined = graph.reshape(
             graph.transpose(attended, 0, 2, 1, 3), (rows, length, heads * config.head_dim)
         )
-        return self._linear(self._at(joined, places), weights, "self_attn.o_proj")
+        return self._linear(joined, weights, "self_attn.o_proj")
 
     def _plain_attention(
         self, x: ShapeArray, weights: Weights, queries: ShapeArray, keys: ShapeArray
