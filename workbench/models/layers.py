@@ -107,7 +107,7 @@ def causal_mask(length: int, offset: int = 0, padding: mx.array | None = None) -
     return (mask & visible) | (keys == queries)
 
 
-class Linear(nn.Linear):
+class HeadLinear(nn.Linear):
     """A linear layer; where it trains, the gradient of its weight lies in memory by rows.
 
     MLX's own lies by columns, and what reads it beside the weight is ten times slower on a CPU:
@@ -144,10 +144,10 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scale = head_dim**-0.5
         bias = config.attention_bias
-        self.q_proj = Linear(dim, self.num_heads * head_dim, bias=bias)
-        self.k_proj = Linear(dim, self.num_kv_heads * head_dim, bias=bias)
-        self.v_proj = Linear(dim, self.num_kv_heads * head_dim, bias=bias)
-        self.o_proj = Linear(self.num_heads * head_dim, dim, bias=bias)
+        self.q_proj = nn.Linear(dim, self.num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, self.num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, self.num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * head_dim, dim, bias=bias)
         self.rope = RotaryEmbedding(
             head_dim, config.rope_theta, config.max_position_embeddings, config.rope_scaling
         )
@@ -222,9 +222,9 @@ class SwiGLU(nn.Module):
     def __init__(self, config):
         super().__init__()
         dim, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(dim, hidden, bias=bias)
-        self.up_proj = Linear(dim, hidden, bias=bias)
-        self.down_proj = Linear(hidden, dim, bias=bias)
+        self.gate_proj = nn.Linear(dim, hidden, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, dim, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x (B, T, hidden_size) → the same shape."""

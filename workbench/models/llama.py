@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from workbench.models.layers import Attention, KVCache, Linear, SwiGLU, at_places, causal_mask
+from workbench.models.layers import Attention, HeadLinear, KVCache, SwiGLU, at_places, causal_mask
 from workbench.models.llama_config import LlamaConfig
 from workbench.models.shared_prompt import SharedPrompt
 
@@ -62,7 +62,7 @@ class Llama(nn.Module):
         self.config = config
         self.model = LlamaModel(config)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = HeadLinear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(
         self,
