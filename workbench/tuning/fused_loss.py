@@ -27,7 +27,7 @@ def fused_cross_entropy(model: nn.Module, hidden_states: mx.array, targets: mx.a
     trains outside the decoder layers is taken to be part of it, and gets its gradient here too:
     for an embedding that is not tied, that is a matrix of zeros.
     In evaluation mode the chunks are taken one after the other without their gradients; asked for
-    them all the same, it keeps the logits. First derivatives only.
+    them all the same, it keeps the logits. First derivatives only, and not within `mx.compile`.
 
     Args:
         model: its `head` takes (N, D) to (N, V).
