@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tests.test_losses import moved_lora_model
-from tests.toy import toy_dataset, toy_examples, toy_model
+from tests.toy import toy_base, toy_dataset, toy_examples, toy_model
 from tests.toy_training import toy_trainer
 from workbench.data.batches import collate
 from workbench.data.datasets import Dataset, load_dataset
@@ -20,6 +20,7 @@ from workbench.data.examples import Example
 from workbench.errors import FallbackWarning
 from workbench.models.checkpointing import checkpointed_layers
 from workbench.models.forms import plain_forms
+from workbench.models.layers import Attention
 from workbench.models.llama import DecoderLayer
 from workbench.models.loading import load_model
 from workbench.models.shared_prompt import SharedPrompt, find_shared_prompt
@@ -207,6 +208,31 @@ def test_dropout_keeps_rows_apart():
     for trainer in (asked, left_open):
         assert not trainer.prompt_sharing.used
         assert trainer.loss_fn is fused_loss
+
+
+@pytest.mark.parametrize("part", ["layer", "attention"])
+def test_what_somebody_has_put_in_never_sees_a_packed_batch(part):
+    class OwnLayer(DecoderLayer):
+        def __call__(self, x, mask, cache=None):
+            assert not isinstance(mask, SharedPrompt)
+            return super().__call__(x, mask, cache)
+
+    class OwnAttention(Attention):
+        def __call__(self, x, mask, cache=None):
+            assert not isinstance(mask, SharedPrompt)
+            return super().__call__(x, mask, cache)
+
+    base = toy_base()
+    if part == "layer":
+        base.model.layers[0] = OwnLayer(base.model.config)
+    else:
+        base.model.layers[0].self_attn = OwnAttention(base.model.config)
+    add_lora(base.model, LoRAConfig(rank=4, num_layers=1))
+    data = Dataset("alike", rows())
+    with pytest.warns(FallbackWarning, match="cannot run on rows that share"):
+        trainer = Trainer(base, data, TrainConfig(micro_batch_size=4, epochs=2, shared_prompt=True))
+    assert trainer.prefix.used
+    assert len(list(trainer)) == 2
 
 
 def test_a_callers_own_loss_is_left_alone():

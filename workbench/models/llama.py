@@ -154,6 +154,15 @@ class Llama(nn.Module):
         """The decoder layers, first to last."""
         return self.model.layers
 
+    @property
+    def can_share_prompts(self) -> bool:
+        """Whether every layer and its attention know a packed batch: those put in may not."""
+        return all(
+            type(layer).__call__ is DecoderLayer.__call__
+            and type(layer.self_attn).__call__ is Attention.__call__
+            for layer in self.layers
+        )
+
     def make_cache(self, capacity: int = 256) -> list[KVCache]:
         """A fresh KV cache a layer, with room for `capacity` positions before it grows."""
         return [KVCache(capacity) for _ in self.layers]

@@ -87,6 +87,7 @@ class PrefixCache:
     ):
         self.model, self.first_layer, self.limit_bytes = model, first_layer, limit_bytes
         self.dtype = _outline(model, first_layer).dtype
+        self._shares = getattr(model, "can_share_prompts", False)
         self.held_bytes = self.hits = self.misses = 0
         self._states: dict[bytes, np.ndarray] = {}
         self._group_of = {_content(row): group for group in _groups(examples) for row in group}
@@ -122,7 +123,8 @@ class PrefixCache:
         """What enters the layer for each row: (T, D), by the raw bits."""
         longest = max(map(len, rows))
         tokens = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in rows])
-        entering, shared = self.model.embed(mx.array(tokens)), find_shared_prompt(tokens)
+        shared = find_shared_prompt(tokens) if self._shares else None
+        entering = self.model.embed(mx.array(tokens))
         if shared is not None:
             entering = shared.pack(entering)
         entering = self.model.run_layers(entering, end=self.first_layer, shared=shared)

@@ -79,7 +79,7 @@ def share_prompts(trainer: Trainer, own_loss: bool) -> PromptSharing:
 def _hindrance(model: nn.Module, own_loss: bool) -> str:
     if own_loss:
         return "the loss function is the caller's own"
-    if not callable(getattr(model, "states_at", None)):
+    if not getattr(model, "can_share_prompts", False):
         return f"a {type(model).__name__} cannot run on rows that share their beginning"
     dropout = first_dropout(model.named_modules())
     return f"{dropout} drops out" if dropout else ""
