@@ -9,7 +9,8 @@ from workbench.benchmarks.workers import Worker
 from workbench.benchmarks.workloads import Workload
 from workbench.errors import BenchmarkError
 
-LOADS = 2  # for each generation
+LOADS = 4  # for each generation
+WARM_TOKENS = 4  # that are generated before anything is counted
 SUBJECTS = (  # long answers: none ends within the tokens that are asked for
     "the sea",
     "a mountain railway",
@@ -31,7 +32,8 @@ def serve_in_turn(
 ) -> tuple[list[dict], dict[str, dict]]:
     """Load, then generate one answer and eight together, `workload.epochs` times.
 
-    The first load of each process is not counted: it imports what is needed and warms the disk.
+    A first load of each process, and a few tokens, are not counted: they import what is needed and
+    warm the disk.
 
     Returns:
         A row for each turn of each peer (what, seconds, tokens), and facts by peer.
@@ -43,11 +45,7 @@ def serve_in_turn(
     wanted = {"do": "generate", "max_tokens": workload.length}
     asked = (
         ("load", LOADS, {"do": "load", "model": str(model)}),
-        (
-            "generate 1",
-            1,
-            {"prompts": PROMPTS[:1], **wanted},
-        ),
+        ("generate 1", 1, {"prompts": PROMPTS[:1], **wanted}),
         ("generate 8", 1, {"prompts": PROMPTS, **wanted}),
     )
     for what, times, message in asked:
@@ -68,6 +66,7 @@ def _warm(workers: Sequence[Worker], model: Path) -> dict[str, dict]:
         worker.send("load", model=str(model))
     for worker in workers:
         worker.receive()
+        worker.ask("generate", prompts=PROMPTS[:1], max_tokens=WARM_TOKENS)
     return {worker.peer: worker.ask("describe") for worker in workers}
 
 

@@ -112,7 +112,6 @@ WORKLOADS = {
             (OURS, MLX_LM_BLAS, TORCH),
             kind="serve",
             length=64,
-            epochs=2,
         ),
     )
 }
