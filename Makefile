@@ -25,7 +25,7 @@ test-browser: $(INSTALLED)  ## the live panel in JupyterLab and Chromium, if the
 faults: $(INSTALLED)  ## what kills, full disks, hostile files and bad numbers did: a table
 	$(BIN)/python -m pytest -m "not browser" tests/faults tests/test_resume.py tests/test_bad_steps.py tests/test_interrupts.py
 
-benchmark: $(PEERS)  ## against mlx-lm and torch with PEFT: about 16 minutes on two CPU cores
+benchmark: $(PEERS)  ## against mlx-lm and torch with PEFT: about 15 minutes on two CPU cores
 	$(BIN)/python -m workbench.runs.notebooks notebooks/09_benchmark.ipynb --out build --echo -p verbose True
 	@echo "The executed notebook: build/09_benchmark.ipynb; the figures: notebooks/out/benchmark.json"
 
