@@ -16,7 +16,7 @@ from tests.toy import toy_model
 from tests.toy_checks import adapted, arrays, checked, loss_and_gradients
 from tests.toy_training import toy_trainer
 from workbench.probes.findings import CheckReport
-from workbench.tuning.lora import LoRALinear
+from workbench.tuning.lora_layers import LoRALinear
 from workbench.tuning.losses import cross_entropy, plain_loss, supervised_loss
 
 # What trains

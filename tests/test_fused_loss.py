@@ -17,7 +17,8 @@ from workbench.models.llama_config import LlamaConfig
 from workbench.probes.planning.losses import chunk_positions
 from workbench.tuning.config import TrainConfig
 from workbench.tuning.fused_loss import fused_cross_entropy
-from workbench.tuning.lora import LoRAConfig, LoRALinear
+from workbench.tuning.lora import LoRAConfig
+from workbench.tuning.lora_layers import LoRALinear
 from workbench.tuning.losses import (
     chosen_loss,
     cross_entropy,

@@ -9,7 +9,8 @@ from tests.toy import toy_base, toy_dataset, toy_examples, toy_model
 from workbench.data.batches import collate
 from workbench.errors import ConfigError
 from workbench.probes.parameters import changed, fingerprint
-from workbench.tuning.lora import LoRAConfig, LoRALinear, add_lora, count_parameters, remove_lora
+from workbench.tuning.lora import LoRAConfig, add_lora, count_parameters, remove_lora
+from workbench.tuning.lora_layers import LoRALinear
 from workbench.tuning.losses import supervised_loss
 from workbench.tuning.trainer import TrainConfig, Trainer
 

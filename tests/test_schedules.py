@@ -8,7 +8,7 @@ from workbench.errors import ConfigError
 from workbench.tuning.schedules import SCHEDULES, learning_rate_at
 
 
-def rate(step, schedule="cosine", peak=1.0, floor=0.1, warmup_steps=4, total_steps=20):
+def rate(step, schedule="cosine", peak=1.0, floor=0.1, warmup_steps=4, total_steps=20, **shape):
     return learning_rate_at(
         step,
         schedule=schedule,
@@ -16,6 +16,7 @@ def rate(step, schedule="cosine", peak=1.0, floor=0.1, warmup_steps=4, total_ste
         floor=floor,
         warmup_steps=warmup_steps,
         total_steps=total_steps,
+        **shape,
     )
 
 
@@ -66,3 +67,24 @@ def test_warm_up_longer_than_the_run_ends_below_the_peak(schedule):
 def test_an_unknown_schedule_lists_those_there_are():
     with pytest.raises(ConfigError, match=r"unknown schedule 'step'.*constant.*linear.*cosine"):
         rate(5, "step")
+
+
+def test_wsd_stays_at_the_peak_until_it_comes_down():
+    rates = [rate(step, "wsd", decay_steps=4) for step in range(21)]
+    assert rates[4:17] == [1.0] * 13
+    assert rates[17:] == pytest.approx([0.775, 0.55, 0.325, 0.1])
+
+
+def test_wsd_comes_down_over_a_tenth_unless_told_otherwise():
+    assert [rate(step, "wsd", warmup_steps=0) for step in (17, 18, 19)] == [1.0, 1.0, 0.55]
+    assert rate(2, "wsd", warmup_steps=0, total_steps=3) == 1.0
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+def test_polynomial_follows_its_power(power):
+    assert rate(12, "polynomial", power=power) == pytest.approx(0.1 + 0.9 * 0.5**power)
+
+
+def test_a_power_of_one_is_a_straight_line():
+    steps = range(25)
+    assert [rate(s, "polynomial") for s in steps] == [rate(s, "linear") for s in steps]

@@ -21,23 +21,22 @@ from workbench.tuning.lora import (
     ALL_LINEAR,
     Adapter,
     LoRAConfig,
-    LoRALinear,
     add_lora,
     find_targets,
-    linear_dims,
 )
+from workbench.tuning.lora_layers import LoRALinear, linear_dims
 
 LARGEST_RANK = 1 << 16
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapters.safetensors"
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
-    """Every lora_a and lora_b, by name."""
+    """Every array that belongs to the adapter, by name."""
     return {
         f"{path}.{name}": module[name]
         for path, module in model.named_modules()
         if isinstance(module, LoRALinear)
-        for name in ("lora_a", "lora_b")
+        for name in module.parts
     }
 
 

@@ -16,6 +16,7 @@ WHOLE_NUMBERS = {  # field: smallest value
     "micro_batch_size": 1,
     "grad_accum_steps": 1,
     "warmup_steps": 0,
+    "decay_steps": 1,
     "valid_every": 0,
     "cache_limit_bytes": 0,
     "memory_limit_bytes": 0,
@@ -28,14 +29,17 @@ WHOLE_NUMBERS = {  # field: smallest value
     "prefix_cache_bytes": 0,
     "seed": 0,
 }
-MAY_BE_NONE = ("steps", "cache_limit_bytes", "memory_limit_bytes")
+MAY_BE_NONE = ("steps", "decay_steps", "cache_limit_bytes", "memory_limit_bytes")
 NUMBERS = {  # field: smallest value
     "learning_rate": 0.0,
     "min_learning_rate": 0.0,
     "max_grad_norm": 0.0,
     "weight_decay": 0.0,
     "adam_epsilon": 0.0,
+    "lora_plus_ratio": 0.0,
+    "decay_power": 0.0,
 }
+OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "adafactor", "muon")
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,18 @@ class TrainConfig:
     grad_accum_steps: int = 1  # micro-batches a step
     learning_rate: float = 1e-4  # the largest
     min_learning_rate: float = 0.0  # at the end
-    schedule: str = "cosine"  # constant, linear or cosine
+    schedule: str = "cosine"  # or constant, linear, polynomial, wsd (see learning_rate_at)
     warmup_steps: int = 0  # optimizer updates
+    decay_steps: int | None = None  # optimizer updates, of wsd; None: a tenth of all
+    decay_power: float = 1.0  # of polynomial
+    optimizer: str = "adamw"  # or adam, sgd, lion, adafactor, muon (see make_optimizer)
     max_grad_norm: float = 1.0  # global L2 norm; 0 turns clipping off
-    weight_decay: float = 0.01  # decoupled, of AdamW
+    weight_decay: float = 0.01  # decoupled in adamw and lion, part of the gradient elsewhere
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_epsilon: float = 1e-8
+    lion_betas: tuple[float, float] = (0.9, 0.99)
+    momentum: float = 0.9  # of sgd and muon
+    lora_plus_ratio: float = 1.0  # learning rate of every lora_b, as a multiple (LoRA+)
     valid_every: int = 0  # steps between validations; 0: after the last step only
     cache_limit_bytes: int | None = None  # kept by MLX for reuse; None: default_cache_limit()
     memory_limit_bytes: int | None = None  # of the process; None: 95 % of what it can have; 0: none
@@ -78,20 +88,26 @@ class TrainConfig:
                 check_whole(name, value, smallest)
         for name, smallest in NUMBERS.items():
             check_number(name, getattr(self, name), smallest)
+        if not self.lora_plus_ratio:
+            raise ConfigError("lora_plus_ratio must be above 0, or no lora_b learns")
         if not isinstance(self.grad_checkpoint, bool):
             raise ConfigError(f"grad_checkpoint must be True or False: {self.grad_checkpoint!r}")
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(
-                f"unknown schedule {self.schedule!r}", cure=f"Use one of {SCHEDULES}."
-            )
+        for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                what = f"unknown {name} {getattr(self, name)!r}"
+                raise ConfigError(what, cure=f"Use one of {known}.")
         if self.on_bad_step not in ("raise", "skip"):
             raise ConfigError(f"on_bad_step must be 'raise' or 'skip', got {self.on_bad_step!r}")
         for name in ("prefix_cache", "fused_loss", "shared_prompt"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise ConfigError(f"{name} must be True, False or None: {value!r}")
-        if not _are_betas(self.adam_betas):
-            raise ConfigError(f"adam_betas must be two numbers in [0, 1), got {self.adam_betas!r}")
+        if not _are_betas([self.momentum, self.momentum]):
+            raise ConfigError(f"momentum must be in [0, 1), got {self.momentum!r}")
+        for name in ("adam_betas", "lion_betas"):
+            if not _are_betas(getattr(self, name)):
+                got = getattr(self, name)
+                raise ConfigError(f"{name} must be two numbers in [0, 1), got {got!r}")
 
 
 def _are_betas(betas: object) -> bool:

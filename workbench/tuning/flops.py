@@ -12,7 +12,7 @@ from workbench.data.batches import Batch
 from workbench.errors import ConfigError
 from workbench.models.llama import DecoderLayer, Llama
 from workbench.models.shared_prompt import find_shared_prompt
-from workbench.tuning.lora import LoRALinear, linear_dims
+from workbench.tuning.lora_layers import LoRALinear, linear_dims
 
 
 def step_flops(

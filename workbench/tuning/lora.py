@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from workbench.errors import ConfigError, check_number, check_whole
 from workbench.models.structure import find_layers, module_at
+from workbench.tuning.lora_layers import DoRALinear, LoRALinear
 
 ALL_LINEAR = "all-linear"
 
@@ -28,6 +29,8 @@ class LoRAConfig:
     target_modules: str | Sequence[str] = ALL_LINEAR  # names such as "q_proj" or "self_attn.q_proj"
     num_layers: int | None = None  # the last N layers; None for all
     seed: int = 0  # of lora_a
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) (Kalajdzievski 2023, rsLoRA)
+    use_dora: bool = False  # a trained length for each row of the weight (`DoRALinear`)
 
     def __post_init__(self):
         check_whole("rank", self.rank, 1)
@@ -40,6 +43,9 @@ class LoRAConfig:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if self.num_layers is not None:
             check_whole("num_layers", self.num_layers, 1)
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False: {getattr(self, name)!r}")
         names = self.target_modules
         if not names or not isinstance(names, str | Sequence):
             raise ConfigError(
@@ -50,34 +56,12 @@ class LoRAConfig:
     @property
     def scale(self) -> float:
         """Factor on the adapter's output."""
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-
-class LoRALinear(nn.Module):
-    """base(x) + scale · (x @ lora_a) @ lora_b; lora_b starts at zero.
-
-    Args:
-        linear: the frozen layer, plain or quantised.
-        config: rank, scale and dropout.
-        key: for lora_a, uniform in ± 1 / sqrt(in), as in the reference implementation.
-    """
-
-    def __init__(self, linear: nn.Linear | nn.QuantizedLinear, config: LoRAConfig, key: mx.array):
-        super().__init__()
-        in_dims, out_dims = linear_dims(linear)
-        self.linear = linear
-        self.scale = config.scale
-        self.dropout_rate = config.dropout
-        self.dropout = nn.Dropout(config.dropout)
-        bound = 1 / math.sqrt(in_dims)
-        self.lora_a = mx.random.uniform(-bound, bound, (in_dims, config.rank), key=key)
-        self.lora_b = mx.zeros((config.rank, out_dims))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """x (..., in) → (..., out)."""
-        output = self.linear(x)
-        narrow = self.scale * (self.dropout(x) @ self.lora_a)  # (..., rank): the cheap place
-        return output + (narrow @ self.lora_b).astype(output.dtype)
+    @property
+    def kind(self) -> str:
+        """The method's name."""
+        return ("rs" if self.use_rslora else "") + ("DoRA" if self.use_dora else "LoRA")
 
 
 @dataclass(frozen=True)
@@ -96,18 +80,10 @@ class Adapter:
 
     def __str__(self) -> str:
         return (
-            f"LoRA rank {self.config.rank}, scale {self.config.scale:g} on "
+            f"{self.config.kind} rank {self.config.rank}, scale {self.config.scale:g} on "
             f"{len(self.module_names)} modules: {self.trainable:,} of {self.total:,} "
             f"numbers train ({self.percent:.2f} %)"
         )
-
-
-def linear_dims(linear: nn.Linear | nn.QuantizedLinear) -> tuple[int, int]:
-    """(in, out) of a linear layer; a quantised one packs several columns into a word."""
-    out_dims, in_dims = linear.weight.shape
-    if isinstance(linear, nn.QuantizedLinear):
-        in_dims = in_dims * 32 // linear.bits
-    return in_dims, out_dims
 
 
 def add_lora(model: nn.Module, config: LoRAConfig | None = None) -> Adapter:
@@ -123,11 +99,10 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None) -> Adapter:
     chosen = find_targets(model, config)
     remove_lora(model)
     model.freeze()
-    root = mx.random.key(config.seed)
-    adapted = []
-    for path in chosen:
-        linear = module_at(model, path)
-        adapted.append((path, LoRALinear(linear, config, _key_for(root, path))))
+    root, kind = mx.random.key(config.seed), DoRALinear if config.use_dora else LoRALinear
+    adapted = [
+        (path, kind(module_at(model, path), config, _key_for(root, path))) for path in chosen
+    ]
     model.update_modules(tree_unflatten(adapted))
     model.train(model.training)  # a new module would start with its dropout on
     mx.eval(model.trainable_parameters())

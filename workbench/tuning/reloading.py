@@ -11,7 +11,7 @@ from workbench.errors import TrainingError
 from workbench.models.loading import BaseModel, load_model
 from workbench.probes.memory import release_memory
 from workbench.probes.parameters import fingerprint
-from workbench.tuning.lora import LoRALinear
+from workbench.tuning.lora_layers import LoRALinear
 
 
 def reload_frozen(base: BaseModel, optimizer: optim.Optimizer) -> None:

@@ -6,7 +6,7 @@ import math
 
 from workbench.errors import ConfigError
 
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "polynomial", "wsd")
 
 
 def learning_rate_at(
@@ -17,20 +17,25 @@ def learning_rate_at(
     floor: float,
     warmup_steps: int,
     total_steps: int,
+    power: float = 1.0,
+    decay_steps: int | None = None,
 ) -> float:
     """Learning rate of a step, counted from 0.
 
     Linear warm-up: peak · (step + 1) / warmup_steps, so that the first step already moves. Then
-    constant, or from the peak down towards the floor in a straight line or along a half cosine
-    (Loshchilov and Hutter 2017, SGDR, equation 5). The floor is what a step after the last would
-    have: with a floor of zero, no step is spent in vain.
+    constant, or down towards the floor: in a straight line, along a half cosine (Loshchilov and
+    Hutter 2017, SGDR, equation 5), as (1 - progress) ** power, or, for `wsd` (Hu et al. 2024,
+    MiniCPM, section 4), constant until the last `decay_steps`, then straight down. The floor is
+    what a step after the last would have: with a floor of zero, no step is spent in vain.
 
     Args:
-        schedule: `constant`, `linear` or `cosine`.
+        schedule: one of `SCHEDULES`.
         peak: the largest rate.
-        floor: the rate at the end, for `linear` and `cosine`.
+        floor: the rate at the end, unless `constant`.
         warmup_steps: updates before the peak.
         total_steps: updates in all.
+        power: of `polynomial`.
+        decay_steps: updates of `wsd` that come down; None: a tenth of all, one at least.
     """
     if schedule not in SCHEDULES:
         raise ConfigError(f"unknown schedule {schedule!r}", cure=f"Use one of {SCHEDULES}.")
@@ -38,7 +43,16 @@ def learning_rate_at(
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    if schedule == "linear":
-        return peak + (floor - peak) * progress
-    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+    start = warmup_steps
+    if schedule == "wsd":
+        decay_steps = max(1, total_steps // 10) if decay_steps is None else decay_steps
+        start = max(start, total_steps - decay_steps)
+    progress = min(1.0, max(0, step - start) / max(1, total_steps - start))
+    return floor + (peak - floor) * _share_left(progress, schedule, power)
+
+
+def _share_left(progress: float, schedule: str, power: float) -> float:
+    """Of the way from the peak to the floor, in [0, 1]."""
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    return (1 - progress) ** (power if schedule == "polynomial" else 1)

@@ -139,6 +139,8 @@ class Trainer:
             floor=min(self.config.min_learning_rate, self._peak_rate),
             warmup_steps=self.config.warmup_steps,
             total_steps=self.total_steps,
+            power=self.config.decay_power,
+            decay_steps=self.config.decay_steps,
         )
 
     def stop(self, reason: str = "stopped by request") -> None:
