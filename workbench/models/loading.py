@@ -13,15 +13,12 @@ from mlx.utils import tree_flatten
 from transformers import PreTrainedTokenizerBase
 
 from workbench.backend import default_dtype, on_gpu
-from workbench.errors import ConfigError, FileFormatError, WeightsError
+from workbench.errors import ConfigError, WeightsError
 from workbench.machine import machine_memory
 from workbench.models import gguf_llama
-from workbench.models.files import (
-    read_safetensors,
-    read_weights,
-    weight_files,
-    write_safetensors,
-)
+from workbench.models.files import read_safetensors, read_weights, write_safetensors
+from workbench.models.filling import cast, fill
+from workbench.models.foreign import build_with_mlx_lm
 from workbench.models.llama import Llama
 from workbench.models.llama_config import LlamaConfig
 from workbench.models.model_config import check_end_tokens, read_config
@@ -31,7 +28,6 @@ from workbench.models.sources import find_model
 from workbench.models.tokenizers import check_tokenizer, gguf_tokenizer, load_tokenizer
 from workbench.numerics import not_finite
 
-EMBEDDING = "model.embed_tokens.weight"
 OUR_TYPES = ("llama", "mistral")  # model_type of the checkpoints that become our Llama
 
 
@@ -145,7 +141,7 @@ def _llama_config(raw_config: Mapping[str, object], file: Path) -> LlamaConfig:
 
 def _load_folder(path: Path, dtype: mx.Dtype | None, tokenizer: object) -> BaseModel:
     raw_config = read_config(path)
-    build = _build_llama if _is_ours(raw_config) else _build_with_mlx_lm
+    build = _build_llama if _is_ours(raw_config) else build_with_mlx_lm
     model, config, report = build(path, raw_config, dtype)
     if report.complete:
         _require_room(model, path)
@@ -177,80 +173,6 @@ def _build_llama(
     weights = {name: cast(tensor, dtype) for name, tensor in weights.items()}
     report = fill(model, weights, source=str(path), file_dtypes=file_dtypes, notes=notes)
     return model, config, report
-
-
-def cast(tensor: mx.array, dtype: mx.Dtype | None) -> mx.array:
-    """The tensor as `dtype` if it holds floating-point numbers, else as it is."""
-    if dtype is None or not mx.issubdtype(tensor.dtype, mx.floating):
-        return tensor
-    return tensor.astype(dtype)
-
-
-def fill(
-    model: nn.Module,
-    weights: Mapping[str, mx.array],
-    *,
-    source: str,
-    file_dtypes: Mapping[str, str] | None = None,
-    notes: list[str] | None = None,
-) -> LoadReport:
-    """Put the tensors that fit into the network, and report on all of them."""
-    expected = dict(tree_flatten(model.parameters()))
-    tied = "lm_head.weight" not in expected
-
-    def ignorable(name: str) -> bool:
-        # Old checkpoints store RoPE's frequencies; tied ones may store the head twice.
-        if name == "lm_head.weight" and tied and EMBEDDING in weights:
-            return mx.array_equal(weights[name], weights[EMBEDDING]).item()
-        return name.endswith("rotary_emb.inv_freq")
-
-    report = compare(
-        expected,
-        weights,
-        source=source,
-        ignorable=ignorable,
-        file_dtypes=file_dtypes,
-        notes=notes,
-    )
-    loaded = [(name, weights[name]) for name in report.loaded]
-    model.load_weights(loaded, strict=False)
-    return report
-
-
-def _build_with_mlx_lm(
-    path: Path, raw_config: dict[str, object], dtype: mx.Dtype | None
-) -> tuple[nn.Module, object, LoadReport]:
-    from mlx_lm import utils
-
-    weights = read_weights(path)  # validated before mlx-lm reads the same files
-    unlisted = sorted(set(path.glob("model*.safetensors")) - weight_files(path).keys())
-    if unlisted:
-        raise FileFormatError("is not listed in the index", where=unlisted[0])
-    file_dtypes = {name: str(w.dtype).removeprefix("mlx.core.") for name, w in weights.items()}
-    handed: dict[str, mx.array] = {}
-
-    def classes(config: dict[str, object]):
-        model_class, args_class = utils._get_classes(config)
-
-        def build(args: object) -> nn.Module:
-            model = model_class(args)
-            # mlx-lm renames and quantises; what it would load is filled in, and reported, here.
-            model.load_weights = lambda pairs, strict=True: handed.update(pairs)
-            return model
-
-        return build, args_class
-
-    try:
-        model, _ = utils.load_model(path, lazy=True, strict=False, get_model_classes=classes)
-    except Exception as error:  # whatever an architecture makes of a configuration
-        reason = repr(str(error)[:300])[1:-1]
-        raise ConfigError(
-            f"mlx-lm cannot build a {raw_config['model_type']!r} model ({reason})", where=path
-        ) from None
-    del model.load_weights
-    converted = {name: cast(tensor, dtype) for name, tensor in handed.items()}
-    report = fill(model, converted, source=str(path), file_dtypes=file_dtypes)
-    return model, getattr(model, "args", raw_config), report
 
 
 def embedding_rows(model: nn.Module, config: object) -> int:
