@@ -23,10 +23,13 @@ from workbench.models.llama import Llama
 from workbench.models.llama_config import LlamaConfig
 from workbench.models.model_config import check_end_tokens, read_config
 from workbench.models.quantisation import dequantise, quantise_like_file
+from workbench.models.quantisation import quantise as quantise_network
 from workbench.models.report import LoadReport, compare
 from workbench.models.sources import find_model
 from workbench.models.tokenizers import check_tokenizer, gguf_tokenizer, load_tokenizer
 from workbench.numerics import not_finite
+
+Quantise = Mapping[str, object] | bool | None
 
 OUR_TYPES = ("llama", "mistral")  # model_type of the checkpoints that become our Llama
 
@@ -42,6 +45,7 @@ class BaseModel:
     name: str  # as it was asked for
     path: Path  # the folder or file it came from
     raw_config: dict[str, object]  # config.json
+    quantise: Quantise = None  # as it was asked for
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -58,11 +62,11 @@ def load_model(
     dtype: mx.Dtype | None = None,
     tokenizer: str | os.PathLike | None = None,
     strict: bool = True,
+    quantise: Quantise = None,
 ) -> BaseModel:
     """Load a causal language model.
 
-    Llama-family checkpoints become our `Llama`; any other architecture that mlx-lm knows is built
-    by mlx-lm.
+    Llama-family checkpoints become our `Llama`; mlx-lm builds any other architecture it knows.
 
     Args:
         source: built-in name (`smollm2-135m`), folder, .gguf file, or Hugging Face hub id.
@@ -70,26 +74,35 @@ def load_model(
         tokenizer: a folder with another tokenizer than the model's own.
         strict: raise unless every parameter is filled, with finite numbers, and nothing is left
             over.
+        quantise: {"bits": 4, "group_size": 64} quantises what is loaded; True keeps what the file
+            has quantised. None does so on a GPU; on a CPU, where products of float32 are tens of
+            times faster, a Llama's become plain numbers.
 
     Raises:
         SourceError, FileFormatError, ConfigError, WeightsError, TokenizerError: each names the
             place and the cure; nothing is kept of a model that does not load.
     """
-    path = find_model(source)
-    dtype = dtype or default_dtype()
-    if dtype is not None and not mx.issubdtype(dtype, mx.floating):
-        raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
+    path, dtype = find_model(source), _floating(dtype)
     load = _load_gguf if path.is_file() else _load_folder
-    base = load(path, dtype, tokenizer)
-    base.name = os.fspath(source)
+    base = load(path, dtype, tokenizer, quantise is True)
+    base.name, base.quantise = os.fspath(source), quantise
     if strict:
         base.report.require_complete()
     _require_room(base.model, path)
+    if quantise is not None:
+        base.report.notes.append(_quantised(base.model, quantise))
     mx.eval(base.model.parameters())
     if strict:
         _require_finite(base.model.parameters(), path)
     base.model.eval()
     return base
+
+
+def _floating(dtype: mx.Dtype | None) -> mx.Dtype | None:
+    dtype = dtype or default_dtype()
+    if dtype is not None and not mx.issubdtype(dtype, mx.floating):
+        raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
+    return dtype
 
 
 def _require_finite(parameters: object, where: object) -> None:
@@ -100,6 +113,19 @@ def _require_finite(parameters: object, where: object) -> None:
             where=where,
             cure="Fetch them again; strict=False loads them all the same.",
         )
+
+
+def _quantised(model: nn.Module, settings: Quantise) -> str:
+    """Quantise a network, or make sure that it is; says so."""
+    if settings is not True:
+        return quantise_network(model, settings)
+    kept = [m for m in model.modules() if isinstance(m, nn.QuantizedLinear)]
+    if not kept:
+        raise ConfigError(
+            "quantise=True keeps what the file has, and it has nothing quantised",
+            cure='Quantise on load: quantise={"bits": 4, "group_size": 64}.',
+        )
+    return f"{len(kept)} layers stay quantised"
 
 
 def _require_room(model: nn.Module, where: object) -> None:
@@ -114,7 +140,14 @@ def _require_room(model: nn.Module, where: object) -> None:
         )
 
 
-def _load_gguf(path: Path, dtype: mx.Dtype | None, tokenizer: object) -> BaseModel:
+def _load_gguf(
+    path: Path, dtype: mx.Dtype | None, tokenizer: object, keep_quantised: bool
+) -> BaseModel:
+    if keep_quantised:
+        raise ConfigError(
+            "quantise=True keeps a folder's layers; those of a .gguf file become numbers",
+            cure='Quantise on load: quantise={"bits": 4, "group_size": 32}.',
+        )
     checkpoint = gguf_llama.read(path, dtype or mx.float16)
     config = _llama_config(checkpoint.config, path)
     check_end_tokens(checkpoint.config, path)
@@ -139,10 +172,14 @@ def _llama_config(raw_config: Mapping[str, object], file: Path) -> LlamaConfig:
         raise ConfigError(error.what, where=where, cure=error.cure) from None
 
 
-def _load_folder(path: Path, dtype: mx.Dtype | None, tokenizer: object) -> BaseModel:
+def _load_folder(
+    path: Path, dtype: mx.Dtype | None, tokenizer: object, keep_quantised: bool
+) -> BaseModel:
     raw_config = read_config(path)
-    build = _build_llama if _is_ours(raw_config) else build_with_mlx_lm
-    model, config, report = build(path, raw_config, dtype)
+    if _is_ours(raw_config):
+        model, config, report = _build_llama(path, raw_config, dtype, keep_quantised or on_gpu())
+    else:
+        model, config, report = build_with_mlx_lm(path, raw_config, dtype)
     if report.complete:
         _require_room(model, path)
         mx.async_eval(model.parameters())  # MLX reads them while the tokenizer is made
@@ -158,14 +195,14 @@ def _is_ours(config: Mapping[str, object]) -> bool:
 
 
 def _build_llama(
-    path: Path, raw_config: dict[str, object], dtype: mx.Dtype | None
+    path: Path, raw_config: dict[str, object], dtype: mx.Dtype | None, keep_quantised: bool
 ) -> tuple[nn.Module, LlamaConfig, LoadReport]:
     config = _llama_config(raw_config, path / "config.json")
     weights = read_weights(path)
     file_dtypes = {name: str(w.dtype).removeprefix("mlx.core.") for name, w in weights.items()}
     model, notes = Llama(config), []
     quantization = raw_config.get("quantization")
-    if isinstance(quantization, dict) and on_gpu():
+    if isinstance(quantization, dict) and keep_quantised:
         quantise_like_file(model, quantization, weights)
     elif isinstance(quantization, dict):
         weights = dequantise(weights, quantization)

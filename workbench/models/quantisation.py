@@ -1,7 +1,8 @@
-"""Weights that a file holds quantised: what config.json says of them, and what becomes of them."""
+"""Quantised weights: what config.json says of them, and a network that is quantised on request."""
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -77,3 +78,37 @@ def dequantise(
             except ValueError as error:
                 raise FileFormatError(f"cannot be dequantised ({error})", where=name) from None
     return plain
+
+
+def quantise(model: nn.Module, settings: Mapping[str, object]) -> str:
+    """Quantise every linear layer and embedding whose rows divide into groups.
+
+    Args:
+        model: with its weights; changed in place.
+        settings: `bits` and `group_size`, perhaps a `mode`, as MLX has them.
+
+    Returns:
+        What was done, in words.
+
+    Raises:
+        ConfigError: settings that MLX does not have, or nothing that can be quantised.
+    """
+    settings = _given(settings)
+    group_size = settings["group_size"]
+    layers = [m for _, m in model.named_modules() if hasattr(m, "to_quantized")]
+    fitting = {id(m) for m in layers if m.weight.shape[-1] % group_size == 0}
+    if not fitting:
+        raise ConfigError(f"no layer's rows divide into groups of {group_size}, or all are already")
+    nn.quantize(model, class_predicate=lambda _, m: settings if id(m) in fitting else False)
+    left = f", {len(layers) - len(fitting)} do not divide" if len(fitting) < len(layers) else ""
+    return f"{len(fitting)} layers quantised to {settings['bits']} bits by {group_size}{left}"
+
+
+def _given(settings: object) -> dict[str, object]:
+    try:
+        if not isinstance(settings, Mapping) or set(settings) - {"bits", "group_size", "mode"}:
+            raise ConfigError(f"got {reprlib.repr(settings)}")
+        return quantisation_settings({"group_size": 64, **settings}, "")
+    except ConfigError as error:
+        cure = 'Such as {"bits": 4, "group_size": 64}; True keeps what the file has.'
+        raise ConfigError(error.what, where="quantise", cure=cure) from None

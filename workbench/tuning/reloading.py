@@ -36,7 +36,9 @@ def reload_frozen(base: BaseModel, optimizer: optim.Optimizer) -> None:
     model.update(tree_map(_placeholder, model.parameters()))
     optimizer.state = tree_map(_placeholder, optimizer.state)
     release_memory()
-    fresh = dict(tree_flatten(load_model(base.path, dtype=dtype).model.parameters()))
+    loaded = load_model(base.path, dtype=dtype, quantise=base.quantise)
+    fresh = dict(tree_flatten(loaded.model.parameters()))
+    del loaded
     inner = {f"{path}.linear." for path, m in model.named_modules() if isinstance(m, LoRALinear)}
     frozen = {name: fresh[_plain_name(name, inner)] for name in before}
     model.update(tree_unflatten(list(frozen.items())))

@@ -130,7 +130,9 @@ class MemoryPlan:
         if request.gpu:
             notes.append("GPU: after MLX's source, not measured.")
         if request.bits and not request.gpu:
-            notes.append("load_model would dequantise on a CPU: quantise the network afterwards.")
+            notes.append(
+                "load_model dequantises on a CPU, unless it is told otherwise: quantise=True."
+            )
         if not request.model.parted:
             kind = request.model.config.model_type
             notes.append(f"A {kind} network computes logits at every position.")
