@@ -6,12 +6,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tests.architectures import ARCHITECTURES
-from tests.toy import save_toy_folder, toy_base, toy_dataset, toy_model
+from tests.toy import save_toy_folder, toy_base, toy_dataset, toy_examples, toy_model
+from workbench.data.batches import collate
 from workbench.errors import ConfigError, TrainingError
 from workbench.models.loading import load_model
 from workbench.probes.parameters import changed, fingerprint
+from workbench.probes.training import check_training
 from workbench.tuning.config import TrainConfig
 from workbench.tuning.lora import LoRAConfig, add_lora
+from workbench.tuning.losses import supervised_loss
 from workbench.tuning.modes import set_trainable, untie_head
 from workbench.tuning.trainer import Trainer
 
@@ -101,6 +104,27 @@ def test_full_trains_every_parameter_of_other_architectures(name):
     model = ARCHITECTURES[name].build()
     floats = {n for n, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)}
     assert set(set_trainable(model, "full").names) == floats
+
+
+@pytest.mark.parametrize("mode", ["LoRA", "rsLoRA", "DoRA", "rsDoRA", "QLoRA", "head", "full"])
+def test_the_checks_of_isolation_pass_and_the_count_follows_the_formula(mode):
+    base = toy_base(tie_word_embeddings=False)
+    sizes = {path: m.weight.shape for path, m in base.model.named_modules() if "proj" in path}
+    if mode == "QLoRA":
+        nn.quantize(base.model, group_size=32, bits=4)
+    if mode in ("head", "full"):
+        trained = set_trainable(base.model, mode)
+        expected = trained.trainable
+    else:
+        dora = mode.endswith("DoRA")
+        config = LoRAConfig(rank=4, use_dora=dora, use_rslora=mode.startswith("rs"))
+        trained = add_lora(base.model, config)
+        expected = sum(4 * (out + in_) + dora * out for out, in_ in sizes.values())
+    assert trained.trainable == expected
+    batch = collate(toy_examples([9, 12, 15]), [0, 1, 2])
+    kind = mode if mode in ("head", "full") else "lora"
+    report = check_training(base.model, supervised_loss, batch, mode=kind)
+    assert report.ok, report
 
 
 @pytest.fixture

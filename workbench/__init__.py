@@ -35,6 +35,7 @@ from workbench.probes.training import check_training
 from workbench.runs.store import new_run, read_metrics
 from workbench.tuning.config import StepReport, TrainConfig
 from workbench.tuning.lora import LoRAConfig, adapter_disabled, add_lora, remove_lora
+from workbench.tuning.modes import set_trainable, untie_head
 from workbench.tuning.profiling import profile_step
 from workbench.tuning.trainer import Trainer
 
@@ -77,8 +78,10 @@ __all__ = [
     "remove_lora",
     "save_adapter",
     "save_weights",
+    "set_trainable",
     "show_run",
     "stream",
     "suggest_settings",
+    "untie_head",
     "what_is_alive",
 ]
