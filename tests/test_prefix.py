@@ -19,8 +19,8 @@ from workbench.data.batches import collate
 from workbench.data.datasets import Dataset
 from workbench.errors import ConfigError, FallbackWarning
 from workbench.models.loading import load_model
+from workbench.models.stand_ins import intercepted
 from workbench.models.structure import module_at
-from workbench.probes.recording import intercepted
 from workbench.probes.training import check_training
 from workbench.tuning import prefix
 from workbench.tuning.config import TrainConfig

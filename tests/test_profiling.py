@@ -20,7 +20,7 @@ from workbench.errors import ConfigError, TrainingError
 from workbench.live import profile as drawing
 from workbench.live.figures import ORANGE
 from workbench.models.forms import plain_forms
-from workbench.probes.recording import StandIn
+from workbench.models.stand_ins import StandIn
 from workbench.tuning import flops, profiling
 from workbench.tuning.config import TrainConfig
 from workbench.tuning.flops import step_flops

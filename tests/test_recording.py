@@ -6,7 +6,8 @@ import mlx.core as mx
 import pytest
 
 from tests.toy import toy_model
-from workbench.probes.recording import intercepted, recorded
+from workbench.models.stand_ins import intercepted
+from workbench.probes.recording import recorded
 
 TOKENS = mx.array([[5, 6, 7, 8]])
 

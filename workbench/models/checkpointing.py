@@ -16,6 +16,7 @@ import mlx.nn as nn
 from workbench.errors import ConfigError, FallbackWarning
 from workbench.models.shared_prompt import SharedPrompt
 from workbench.models.structure import find_layers, module_at
+from workbench.models.trying import set_random_state
 
 VALUES = mx.array | str | int | float | SharedPrompt | None  # arguments that a call cannot change
 
@@ -110,16 +111,11 @@ def _repeatable(layer: nn.Module, plain: Callable) -> Callable:
 def _random_state(key: mx.array) -> Iterator[None]:
     """Draw from a key for the length of a `with` block, then from where the stream was."""
     before = mx.random.state[0]
-    _seed(key)
+    set_random_state(key)
     try:
         yield
     finally:
-        _seed(before)
-
-
-def _seed(key: mx.array) -> None:
-    high, low = key.tolist()  # MLX's state cannot be assigned; the seed of a key restores it
-    mx.random.seed((high << 32) | low)
+        set_random_state(before)
 
 
 def _leaves(tree: object) -> Iterator[object]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from workbench.models.structure import module_at, put_module
+from workbench.models.stand_ins import intercepted
 
 
 @dataclass(frozen=True)
@@ -44,43 +44,6 @@ class Call:
         if isinstance(output, tuple | list) and output:
             output = output[0]
         return output if isinstance(output, mx.array) else None
-
-
-class StandIn:
-    """Stands in a module's place: calls go through `call`, everything else to the module."""
-
-    def __init__(self, module: nn.Module, call: Callable):
-        self._module, self._call = module, call
-
-    def __call__(self, *args, **kwargs):
-        return self._call(self._module, *args, **kwargs)
-
-    def __getattr__(self, name: str):
-        return getattr(self._module, name)
-
-    def __getitem__(self, key):
-        return self._module[key]
-
-    def __setitem__(self, key, value) -> None:
-        self._module[key] = value
-
-    def __contains__(self, key) -> bool:
-        return key in self._module
-
-
-@contextlib.contextmanager
-def intercepted(model: nn.Module, calls: dict[str, Callable]) -> Iterator[None]:
-    """Put `call(module, *args, **kwargs)` in the place of modules' calls, by path."""
-    # The innermost first: a module inside another is reached through the original.
-    paths = sorted(calls, key=lambda path: -path.count("."))
-    originals = [(path, module_at(model, path)) for path in paths]
-    try:
-        for path, module in originals:
-            put_module(model, path, StandIn(module, calls[path]))
-        yield
-    finally:
-        for path, module in reversed(originals):
-            put_module(model, path, module)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,7 +12,9 @@ import numpy as np
 
 from workbench.data.batches import Batch, collate
 from workbench.data.examples import Example
-from workbench.errors import FallbackWarning
+from workbench.errors import ConfigError, FallbackWarning
+from workbench.models.heads import Head, find_head, logits_at
+from workbench.models.trying import first_array
 from workbench.tuning.fused_loss import fused_cross_entropy
 
 Array = mx.array | np.ndarray
@@ -43,7 +46,7 @@ def plain_loss(model: nn.Module, batch: Batch) -> mx.array:
     `batch.num_tokens`, once, after summing over micro-batches.
     """
     inputs, targets, loss_mask = next_token_pairs(mx.array(batch.tokens), mx.array(batch.loss_mask))
-    losses = cross_entropy(_logits(model(inputs)), targets)  # (B, T - 1)
+    losses = cross_entropy(first_array(model(inputs)), targets)  # (B, T - 1)
     return (losses * loss_mask).sum()
 
 
@@ -67,15 +70,39 @@ def fused_loss(model: nn.Module, batch: Batch) -> mx.array:
     return fused_cross_entropy(model, *_supervised(model, batch))
 
 
+@dataclass(frozen=True)
+class SupervisedHeadLoss:
+    """The same sum for any model whose head was found; other models run whole.
+
+    A stand-in in the head's place gathers the supervised positions, as `supervised_loss` does.
+    """
+
+    model: nn.Module
+    head: Head
+
+    def __call__(self, model: nn.Module, batch: Batch) -> mx.array:
+        """Sum of cross-entropy over the batch's supervised targets."""
+        inputs, targets, loss_mask = next_token_pairs(batch.tokens, batch.loss_mask)
+        supervised = np.flatnonzero(loss_mask)
+        if model is not self.model or not len(supervised):
+            return plain_loss(model, batch)
+        logits = logits_at(model, self.head, inputs, supervised)
+        return cross_entropy(logits, mx.array(targets.reshape(-1)[supervised])).sum()
+
+
 def default_loss(model: nn.Module, fused: bool | None = False) -> LossFunction:
-    """`supervised_loss` if the model parts into backbone and head, else `plain_loss`.
+    """Logits at the supervised positions only, wherever the model allows it.
+
+    `supervised_loss` if the model parts into backbone and head, `SupervisedHeadLoss` if its head
+    can be found and does what it should on a few tokens, else `plain_loss`.
 
     Args:
         model: decides which forms there are.
         fused: take `fused_loss`, which needs the two parts as well; None: if there are the two.
 
     Warns:
-        FallbackWarning: the fused form is wanted, and the model has no such parts.
+        FallbackWarning: the fused form is wanted, and the model has no such parts; or the logits
+            must be computed at every position, and why.
     """
     parts = callable(getattr(model, "backbone", None)) and callable(getattr(model, "head", None))
     if parts:
@@ -83,6 +110,11 @@ def default_loss(model: nn.Module, fused: bool | None = False) -> LossFunction:
     if fused:
         text = f"a {type(model).__name__} does not part into backbone and head"
         warnings.warn(f"no fused loss: {text}", FallbackWarning, stacklevel=2)
+    try:
+        return SupervisedHeadLoss(model, find_head(model))
+    except ConfigError as error:
+        text = f"logits at every position of a {type(model).__name__}: {error.what}"
+        warnings.warn(text, FallbackWarning, stacklevel=2)
     return plain_loss
 
 
@@ -123,11 +155,6 @@ def mean_loss(
     finally:
         model.train(was_training)
     return total / num_tokens if num_tokens else None
-
-
-def _logits(output) -> mx.array:
-    # Some models return (logits, …).
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _supervised(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:

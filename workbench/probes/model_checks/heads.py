@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from workbench.models.stand_ins import intercepted
 from workbench.probes.findings import Finding, failed, not_applicable, passed
 from workbench.probes.model_checks.attention import (
     KEYS,
@@ -17,7 +18,7 @@ from workbench.probes.model_checks.attention import (
     attention_calls,
 )
 from workbench.probes.model_checks.subject import Subject
-from workbench.probes.recording import intercepted, recorded
+from workbench.probes.recording import recorded
 
 HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")
 KV_HEADS = ("num_key_value_heads", "n_kv_heads", "n_kv_head", "num_kv_heads", "multi_query")
