@@ -22,11 +22,12 @@ from workbench.models.loading import load_model
 from workbench.models.stand_ins import intercepted
 from workbench.models.structure import module_at
 from workbench.probes.training import check_training
-from workbench.tuning import prefix
+from workbench.tuning import prefix_cache
 from workbench.tuning.config import TrainConfig
 from workbench.tuning.lora import LoRAConfig, add_lora
 from workbench.tuning.losses import default_loss, mean_loss, supervised_loss
-from workbench.tuning.prefix import PrefixCache, PrefixLoss, first_layer
+from workbench.tuning.prefix import first_layer
+from workbench.tuning.prefix_cache import PrefixCache, PrefixLoss
 from workbench.tuning.trainer import Trainer
 from workbench.tuning.update import accumulate
 
@@ -149,18 +150,20 @@ def test_frozen_layers_run_once_for_all_rows_of_a_group():
 
 
 def test_rows_of_like_length_make_a_group_whatever_their_order(monkeypatch):
-    monkeypatch.setattr(prefix, "GROUP_POSITIONS", 30)
+    monkeypatch.setattr(prefix_cache, "GROUP_POSITIONS", 30)
     examples = toy_examples([14, 6, 30, 12, 9, 16, 40])
-    groups = prefix._groups(examples)
+    groups = prefix_cache._groups(examples)
     assert [[len(row) for row in group] for group in groups] == [[5, 8], [11, 13], [15], [29], [39]]
-    again = prefix._groups([*reversed(examples), examples[2]])
+    again = prefix_cache._groups([*reversed(examples), examples[2]])
     for group, other in zip(groups, again, strict=True):
         assert all(np.array_equal(row, same) for row, same in zip(group, other, strict=True))
 
 
 def test_weights_that_stay_are_hashed_once(monkeypatch):
-    hashed, own = [], prefix.digest
-    monkeypatch.setattr(prefix, "digest", lambda array: hashed.append(array.shape) or own(array))
+    hashed, own = [], prefix_cache.digest
+    monkeypatch.setattr(
+        prefix_cache, "digest", lambda array: hashed.append(array.shape) or own(array)
+    )
     trainer = trainer_of(toy()[0], data=toy_dataset(RAGGED, valid=[9, 14]), valid_every=2)
     below = 1 + 2 * 9  # the embedding, and two layers of nine tensors
     assert len(hashed) == below

@@ -27,7 +27,7 @@ from workbench.models.shared_prompt import SharedPrompt, find_shared_prompt
 from workbench.tuning.config import TrainConfig
 from workbench.tuning.lora import LoRAConfig, add_lora
 from workbench.tuning.losses import fused_loss, plain_loss, supervised_loss
-from workbench.tuning.prefix import PrefixCache, PrefixLoss
+from workbench.tuning.prefix_cache import PrefixCache, PrefixLoss
 from workbench.tuning.prompt_sharing import SharedPromptLoss
 from workbench.tuning.trainer import Trainer
 from workbench.tuning.update import accumulate

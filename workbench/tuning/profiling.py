@@ -23,7 +23,7 @@ from workbench.probes.memory import cache_limit
 from workbench.tuning.flops import step_flops
 from workbench.tuning.gradients import clip_by_global_norm
 from workbench.tuning.losses import LossFunction, mean_loss
-from workbench.tuning.prefix import PrefixLoss
+from workbench.tuning.prefix_cache import PrefixLoss
 from workbench.tuning.refusals import require_finite
 from workbench.tuning.trainer import Trainer
 from workbench.tuning.update import accumulate, apply_update, step_seed
