@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import warnings
 
@@ -365,17 +364,6 @@ def test_a_callers_own_loss_sees_the_whole_model():
         trainer = trainer_of(toy()[0], loss_fn=own)
     assert trainer.loss_fn is own
     assert not trainer.prefix.used
-
-
-def test_a_foreign_model_that_cannot_run_a_part_of_its_layers_falls_back():
-    llama = importlib.import_module("mlx_lm.models.llama")
-    base, _ = toy()
-    args = llama.ModelArgs.from_dict({**base.raw_config, "num_hidden_layers": 3})
-    base.model = llama.Model(args)
-    add_lora(base.model, LoRAConfig(rank=4, num_layers=1))
-    with pytest.warns(FallbackWarning, match="cannot run a part"):
-        trainer = trainer_of(base, steps=1)
-    assert len(list(trainer)) == 1
 
 
 def test_left_open_it_is_used_where_it_pays():

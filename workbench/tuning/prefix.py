@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from workbench.errors import FallbackWarning
+from workbench.errors import ConfigError, FallbackWarning
+from workbench.models.partial_runs import paths_above, try_beginning_at
 from workbench.models.structure import find_layers
+from workbench.tuning.config import TrainConfig
 from workbench.tuning.dropout import first_dropout
 from workbench.tuning.prefix_cache import (
-    HEAD_PATHS,
     RAW,
     PrefixCache,
     PrefixLoss,
@@ -68,22 +69,22 @@ def use_prefix(trainer: Trainer, own_loss: bool) -> PrefixUse:
         return PrefixUse(0, 0, "switched off")
     first, reason = (0, "the loss function is the caller's own") if own_loss else first_layer(model)
     if not first:
-        if config.prefix_cache:
-            warnings.warn(f"no prefix cache: {reason}", FallbackWarning, stacklevel=4)
-        return PrefixUse(0, 0, reason)
+        return _refused(config, reason)
     shape = outline(model, first)
     rows = distinct_rows([*trainer.data.train, *trainer.data.valid])
     needed = sum(map(len, rows)) * shape.shape[-1] * shape.dtype.size
     limit, size = config.prefix_cache_bytes, f"{needed / MEGA:.1f} MB"
     fits = f"needs {size}, prefix_cache_bytes allows {limit / MEGA:.1f} MB"
     if config.prefix_cache is None:
-        train = trainer.data.train
-        uses = trainer.total_steps / trainer.plan.steps_per_epoch * len(train)
-        if uses < WORTHWHILE_USES * len(distinct_rows(train)):
+        if not _pays(trainer):
             return PrefixUse(0, 0, "the rows are not used often enough")
         if needed > limit:
             return PrefixUse(0, 0, fits)
-    elif needed > limit:
+    try:
+        try_beginning_at(model, first)
+    except ConfigError as error:
+        return _refused(config, error.what)
+    if needed > limit:
         text = f"the prefix cache {fits}: the other rows are computed at every step"
         warnings.warn(text, FallbackWarning, stacklevel=4)
     examples = [*trainer.data.train, *trainer.data.valid] if needed <= limit else ()
@@ -94,28 +95,47 @@ def use_prefix(trainer: Trainer, own_loss: bool) -> PrefixUse:
     return PrefixUse(first, needed, done, cache)
 
 
+def _pays(trainer: Trainer) -> bool:
+    """Whether the rows are used so often that computing each alone costs less."""
+    train = trainer.data.train
+    uses = trainer.total_steps / trainer.plan.steps_per_epoch * len(train)
+    return uses >= WORTHWHILE_USES * len(distinct_rows(train))
+
+
+def _refused(config: TrainConfig, reason: str) -> PrefixUse:
+    if config.prefix_cache:
+        warnings.warn(f"no prefix cache: {reason}", FallbackWarning, stacklevel=5)
+    return PrefixUse(0, 0, reason)
+
+
 def first_layer(model: nn.Module) -> tuple[int, str]:
     """The first layer that holds what trains, and "" – or 0 and why all layers must run.
 
     With nothing in the layers that trains it is their number: the head alone is left.
     """
-    if not callable(getattr(model, "run_layers", None)):
-        return 0, f"a {type(model).__name__} cannot run a part of its layers"
-    path, count = find_layers(model)
-    names = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    outside = [name for name in names if not name.startswith((f"{path}.", *HEAD_PATHS))]
-    if outside:
-        return 0, f"{outside[0]} trains, and is used below the layers"
-    within = [name.removeprefix(f"{path}.") for name in names if name.startswith(f"{path}.")]
-    first = min((int(name.partition(".")[0]) for name in within), default=count)
-    if not first:
-        return 0, "the first layer trains"
-    for name, _ in below(model, first, tree_flatten(model.parameters())):
+    try:
+        path, count = find_layers(model)
+        names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+        within = [name.removeprefix(f"{path}.") for name in names if name.startswith(f"{path}.")]
+        first = min((int(name.partition(".")[0]) for name in within), default=count)
+        reason = _hindrance(model, first, names) if first else "the first layer trains"
+    except ConfigError as error:
+        reason = error.what
+    return (0, reason) if reason else (first, "")
+
+
+def _hindrance(model: nn.Module, first: int, trainable: list[str]) -> str:
+    """Why what enters a layer is not the same at every step, or cannot be kept; "" if it can."""
+    above = paths_above(model)
+    trains = below(model, first, above, [(name, None) for name in trainable])
+    if trains:
+        return f"{trains[0][0]} trains, and is used below the layers"
+    for name, _ in below(model, first, above, tree_flatten(model.parameters())):
         if "lora_" in name:  # its scale can be changed, and is no weight
-            return 0, f"{name} belongs to an adapter below layer {first}"
-    dropout = first_dropout(below(model, first, model.named_modules()))
+            return f"{name} belongs to an adapter below layer {first}"
+    dropout = first_dropout(below(model, first, above, model.named_modules()))
     if dropout:
-        return 0, f"{dropout} drops out below layer {first}"
+        return f"{dropout} drops out below layer {first}"
     if outline(model, first).dtype.size not in RAW:
-        return 0, "the hidden states have a dtype that cannot be kept"
-    return first, ""
+        return "the hidden states have a dtype that cannot be kept"
+    return ""

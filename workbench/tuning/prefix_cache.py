@@ -10,8 +10,6 @@ memory only.
 
 from __future__ import annotations
 
-import copy
-import functools
 import hashlib
 import weakref
 from collections.abc import Iterable, Iterator
@@ -24,12 +22,13 @@ from mlx.utils import tree_flatten
 
 from workbench.data.batches import Batch
 from workbench.data.examples import Example
+from workbench.models.partial_runs import begun_at, entering, paths_above
 from workbench.models.shared_prompt import find_shared_prompt
 from workbench.models.structure import find_layers
+from workbench.models.trying import probe_tokens
 from workbench.probes.parameters import digest
 from workbench.tuning.losses import LossFunction, next_token_pairs
 
-HEAD_PATHS = ("model.norm", "lm_head")  # outside the layers, and used after them only
 GROUP_POSITIONS = 1024  # of rows that are computed together
 RAW = {2: mx.uint16, 4: mx.uint32}  # by bytes: NumPy has no bfloat16
 
@@ -42,7 +41,7 @@ class PrefixCache:
     used again. Writing into a weight's elements in place is not noticed.
 
     Args:
-        model: a network with `embed`, `run_layers` and nothing that trains below `first_layer`.
+        model: a network that can begin at `first_layer`, with nothing that trains below it.
         first_layer: the layer that the states enter, from 1.
         limit_bytes: that may be held; rows beyond are computed whenever they are asked for.
         examples: whose states fit into the limit; rows of like length are computed together.
@@ -56,7 +55,7 @@ class PrefixCache:
         examples: Iterable[Example] = (),
     ):
         self.model, self.first_layer, self.limit_bytes = model, first_layer, limit_bytes
-        self.dtype = outline(model, first_layer).dtype
+        self.dtype, self._above = outline(model, first_layer).dtype, paths_above(model)
         self._shares = getattr(model, "can_share_prompts", False)
         self.held_bytes = self.hits = self.misses = 0
         self._states: dict[bytes, np.ndarray] = {}
@@ -94,17 +93,18 @@ class PrefixCache:
         longest = max(map(len, rows))
         tokens = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in rows])
         shared = find_shared_prompt(tokens) if self._shares else None
-        entering = self.model.embed(mx.array(tokens))
-        if shared is not None:
-            entering = shared.pack(entering)
-        entering = self.model.run_layers(entering, end=self.first_layer, shared=shared)
-        if shared is not None:
-            entering = shared.unpack(entering)
-        raw = np.array(entering.view(RAW[self.dtype.size]))
+        if shared is None:
+            states = entering(self.model, self.first_layer, tokens)
+        else:
+            states = shared.pack(self.model.embed(mx.array(tokens)))
+            states = self.model.run_layers(states, end=self.first_layer, shared=shared)
+            states = shared.unpack(states)
+        raw = np.array(states.view(RAW[self.dtype.size]))
         return [state[: len(row)].copy() for state, row in zip(raw, rows)]
 
     def _weights(self) -> list[tuple[str, mx.array]]:
-        return below(self.model, self.first_layer, tree_flatten(self.model.parameters()))
+        named = tree_flatten(self.model.parameters())
+        return below(self.model, self.first_layer, self._above, named)
 
     def _require_same_weights(self) -> None:
         weights = self._weights()
@@ -137,29 +137,30 @@ class PrefixLoss:
         if model is not self.cache.model:
             return self.loss_fn(model, batch)
         states, first = self.cache.states(batch), self.cache.first_layer
-        shortened = copy.copy(model)  # the same modules, by the same names
-        shortened.embed = lambda tokens: states
-        shortened.run_layers = functools.partial(model.run_layers, first=first)
-        return self.loss_fn(shortened, batch)
+        with begun_at(model, first, states) as begun:
+            return self.loss_fn(begun, batch)
 
 
 def below(
-    model: nn.Module, first: int, named: Iterable[tuple[str, object]]
+    model: nn.Module, first: int, above: tuple[str, ...], named: Iterable[tuple[str, object]]
 ) -> list[tuple[str, object]]:
-    """Those pairs of (name, module or array) that come before a layer."""
-    inside = f"{find_layers(model)[0]}."
+    """Those pairs of (name, module or array) that come before a layer.
+
+    `above` are paths of modules that come after the layers, as `paths_above` finds them.
+    """
+    inside, after = f"{find_layers(model)[0]}.", tuple(f"{path}." for path in above)
 
     def runs_before(name: str) -> bool:
         if name.startswith(inside):
             return int(name.removeprefix(inside).partition(".")[0]) < first
-        return not name.startswith(HEAD_PATHS)
+        return not f"{name}.".startswith(after)
 
     return [(name, leaf) for name, leaf in named if runs_before(name)]
 
 
 def outline(model: nn.Module, first: int) -> mx.array:
-    """A hidden state (1, 1, D) that enters a layer; its shape and dtype need no evaluation."""
-    return model.run_layers(model.embed(mx.zeros((1, 1), mx.int32)), end=first)
+    """Hidden states that enter a layer; their width and dtype need no evaluation."""
+    return entering(model, first, probe_tokens(model))
 
 
 def _seen_tokens(tokens: np.ndarray, loss_mask: np.ndarray) -> Iterator[np.ndarray]:
