@@ -1,5 +1,7 @@
 """Head only, full, frozen: what trains, what moves, what is refused; quantised bases."""
 
+import dataclasses
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -97,6 +99,23 @@ def test_quantised_weights_are_refused_and_nothing_is_changed(mode):
     with pytest.raises(ConfigError, match="quantised" if mode != "lora" else "unknown mode 'lora'"):
         set_trainable(model, mode)
     assert names(model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpt_neox", {"model.final_layer_norm", "model.embed_out"}),
+        ("mixtral", {"model.norm", "lm_head"}),
+        ("mamba2", {"backbone.norm_f", "lm_head"}),
+    ],
+)
+def test_the_head_of_other_architectures_is_what_runs_after_the_layers(name, expected):
+    settings = {"tie_word_embeddings": False}
+    architecture = ARCHITECTURES[name]
+    given = {**architecture.settings, **settings}
+    model = dataclasses.replace(architecture, settings=given).build()
+    trained = set_trainable(model, "head")
+    assert {name.rpartition(".")[0] for name in trained.names} == expected
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt_neox", "mamba2", "mixtral"])

@@ -13,11 +13,11 @@ from workbench.errors import ConfigError
 from workbench.models.layers import HeadLinear
 from workbench.models.llama import Llama
 from workbench.models.loading import BaseModel
-from workbench.models.structure import find_layers, module_at
+from workbench.models.partial_runs import paths_above
+from workbench.models.structure import module_at
 from workbench.tuning.lora import count_parameters, remove_lora
 
 MODES = ("head", "full", "frozen")
-EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 
@@ -97,20 +97,18 @@ def untie_head(base: BaseModel) -> None:
 
 
 def _head_paths(model: nn.Module) -> list[str]:
-    layers, _ = find_layers(model)
-    modules = [(p, m) for p, m in model.named_modules() if not f"{p}.".startswith(f"{layers}.")]
-    found = [
-        path
-        for path, module in modules
-        if not isinstance(module, EMBEDDINGS)
-        and any(isinstance(value, mx.array) for value in module.values())
-    ]
-    if not any(getattr(module_at(model, path), "weight", mx.array(0)).ndim == 2 for path in found):
+    modules = [(path, module_at(model, path)) for path in paths_above(model)]
+    found = [p for p, m in modules if any(isinstance(value, mx.array) for value in m.values())]
+    if not any(_has_matrix(module_at(model, path)) for path in found):
         raise ConfigError(
             "the head is the embedding, which the first layer reads, too",
             cure="Give it weights of its own: wb.untie_head(base); or train 'full'.",
         )
     return found
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(isinstance(value, mx.array) and value.ndim == 2 for value in module.values())
 
 
 def _all_paths(model: nn.Module) -> list[str]:
