@@ -75,7 +75,7 @@ def test_bad_weights_raise_and_change_nothing(tmp_path, spoil):
 LORA = {"rank": 3, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
 
 BAD_CONFIGS = [
-    ({"fine_tune_type": "dora", "num_layers": 2, "lora_parameters": LORA}, "'dora'"),
+    ({"fine_tune_type": "full", "num_layers": 2, "lora_parameters": LORA}, "'full'"),
     ({"num_layers": 2}, "lora_parameters"),
     ({"num_layers": "all", "lora_parameters": LORA}, "num_layers must be a whole number"),
     ({"num_layers": 3, "lora_parameters": LORA}, "num_layers 3 exceeds"),

@@ -108,7 +108,7 @@ def test_saving_over_an_older_one_replaces_both_files_and_nothing_else(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     newer = adapted(LoRAConfig(rank=2), seed=5)
     save_adapter(newer, tmp_path)
-    names = ["adapter_config.json", "adapters.safetensors", "notes.txt"]
+    names = ["README.md", "adapter_config.json", "adapters.safetensors", "notes.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     fresh = toy_base()
     load_adapter(fresh, tmp_path)

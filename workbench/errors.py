@@ -80,6 +80,10 @@ class ResumeWarning(UserWarning):
     """A run goes on, but not from its newest checkpoint, or not bit for bit."""
 
 
+class AdapterWarning(UserWarning):
+    """An adapter fits by its shapes, but says something that cannot be held to here."""
+
+
 class FallbackWarning(UserWarning):
     """A faster or smaller form cannot be used here; the plain one is, with equal results."""
 

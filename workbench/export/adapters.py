@@ -1,175 +1,103 @@
-"""Adapters in mlx-lm's layout: adapter_config.json and adapters.safetensors."""
+"""Adapters on disk, in mlx-lm's layout or in PEFT's."""
 
 from __future__ import annotations
 
 import os
-import reprlib
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
-import mlx.core as mx
-import mlx.nn as nn
-
-from workbench.errors import ConfigError, FileFormatError, WeightsError
-from workbench.models.files import read_json, read_safetensors, write_json, write_safetensors
+from workbench.errors import ConfigError, FileFormatError
+from workbench.export import mlx_lm_adapter, peft
+from workbench.export.attached import CONFIG_NAME, adapter_weights, describe, require_finite
+from workbench.export.mlx_lm_adapter import WEIGHTS_NAME
+from workbench.export.model_card import adapter_card, read_run, write_card
 from workbench.models.loading import BaseModel
-from workbench.models.report import compare
-from workbench.models.structure import find_layers
-from workbench.numerics import not_finite
-from workbench.tuning.lora import (
-    ALL_LINEAR,
-    Adapter,
-    LoRAConfig,
-    add_lora,
-    find_targets,
-)
-from workbench.tuning.lora_layers import LoRALinear, linear_dims
+from workbench.tuning.lora import Adapter
 
-LARGEST_RANK = 1 << 16
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapters.safetensors"
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_weights", "load_adapter", "save_adapter"]
+
+LAYOUTS = {"mlx-lm": mlx_lm_adapter, "peft": peft}
+PICKLED = "adapter_model.bin"
 
 
-def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
-    """Every array that belongs to the adapter, by name."""
-    return {
-        f"{path}.{name}": module[name]
-        for path, module in model.named_modules()
-        if isinstance(module, LoRALinear)
-        for name in module.parts
-    }
+def save_adapter(
+    base: BaseModel,
+    folder: str | os.PathLike,
+    format: str = "mlx-lm",
+    *,
+    run_dir: str | os.PathLike | None = None,
+) -> Path:
+    """Write the attached adapter for other tools, with a model card; returns the folder.
 
+    An older adapter of the same layout is replaced; a README.md that somebody else wrote stays.
 
-def save_adapter(base: BaseModel, folder: str | os.PathLike) -> Path:
-    """Write the attached adapter in mlx-lm's layout; `mlx_lm.generate --adapter-path` reads it.
-
-    Returns:
-        The folder.
+    Args:
+        base: with a LoRA, rsLoRA or DoRA adapter attached.
+        folder: made if needed.
+        format: "mlx-lm" for `mlx_lm.generate --adapter-path` and `mlx_lm.fuse`, or "peft" for
+            PEFT's `PeftModel.from_pretrained`. rsLoRA is written as the plain scale it comes to.
+        run_dir: the run that trained it, for the model card.
 
     Raises:
-        ConfigError: no adapter is attached, or one that mlx-lm's layout cannot describe.
+        ConfigError: no adapter is attached, or one that the layout cannot describe; or the folder
+            holds one of the other layout.
         WeightsError: the adapter holds NaN or infinity.
+        RunError: run_dir holds no run.
         FileFormatError: the folder cannot be written.
     """
-    folder, weights = Path(folder), adapter_weights(base.model)
-    if not weights:
-        raise ConfigError("no adapter is attached", cure="Attach one: wb.add_lora(base.model).")
-    _require_finite(weights, "the adapter")
-    description = _describe(base)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as staging:
-            write_safetensors(Path(staging, WEIGHTS_NAME), weights)
-            write_json(Path(staging, CONFIG_NAME), description)
-            # Killed between the two, this leaves a folder that does not load, never a mixture.
-            (folder / CONFIG_NAME).unlink(missing_ok=True)
-            os.replace(Path(staging, WEIGHTS_NAME), folder / WEIGHTS_NAME)
-            os.replace(Path(staging, CONFIG_NAME), folder / CONFIG_NAME)
-    except OSError as error:
-        raise FileFormatError(f"cannot be written ({error.strerror})", where=folder) from error
+    if format not in LAYOUTS:
+        raise ConfigError(f"unknown format {format!r}", cure=f"Use one of {tuple(LAYOUTS)}.")
+    folder, attached = Path(folder), describe(base.model)
+    require_finite(adapter_weights(base.model), "the adapter")
+    _require_no_other(folder, format)
+    card = adapter_card(base, attached, format, read_run(run_dir))
+    LAYOUTS[format].write(base, attached, folder)
+    write_card(folder, card)
     return folder
 
 
-def _describe(base: BaseModel) -> dict[str, object]:
-    layers_path, num_layers = find_layers(base.model)
-    adapted: dict[int, set[str]] = {}
-    settings = set()
-    for path, module in base.model.named_modules():
-        if isinstance(module, LoRALinear):
-            number, _, name = path.removeprefix(f"{layers_path}.").partition(".")
-            adapted.setdefault(int(number), set()).add(name)
-            settings.add((module.lora_a.shape[1], module.scale, module.dropout_rate))
-    first, names = min(adapted), adapted[min(adapted)]
-    is_tail = all(adapted.get(number) == names for number in range(first, num_layers))
-    if len(settings) != 1 or not is_tail:
-        raise ConfigError("mlx-lm's layout needs one kind of adapter on the last N layers alike")
-    rank, scale, dropout = settings.pop()
-    return {
-        "fine_tune_type": "lora",
-        "model": base.name,
-        "num_layers": num_layers - first,
-        "lora_parameters": {
-            "rank": rank,
-            "scale": scale,  # mlx-lm's factor on the update: alpha / rank
-            "dropout": dropout,
-            "keys": sorted(names),
-        },
-    }
-
-
 def load_adapter(base: BaseModel, folder: str | os.PathLike) -> Adapter:
-    """Attach an adapter in mlx-lm's layout; one that is attached already is replaced.
+    """Attach an adapter in mlx-lm's layout or PEFT's; one that is attached already is replaced.
 
-    The file must hold all and only the tensors that the configuration implies; otherwise nothing
-    of the model is changed.
+    The name of the file of weights tells the layout: adapters.safetensors is mlx-lm's,
+    adapter_model.safetensors PEFT's. It must hold all and only the tensors that the configuration
+    implies; otherwise nothing of the model is changed.
 
     Raises:
-        ConfigError: adapter_config.json does not describe a LoRA adapter for this model.
+        ConfigError: adapter_config.json does not describe a LoRA, rsLoRA or DoRA adapter for this
+            model, or needs something that cannot be represented here; names it.
         WeightsError: a tensor is missing, unexpected, misshapen or not finite.
-        FileFormatError: a file is absent or malformed.
+        FileFormatError: a file is absent or malformed; weights are pickled; or the folder holds
+            both layouts.
+
+    Warns:
+        AdapterWarning: the adapter names another base model, whose shapes are the same.
     """
     folder = Path(folder)
-    try:
-        config = _read_config(folder / CONFIG_NAME)
-        expected = _expected_shapes(base.model, config)
-    except ConfigError as error:
-        where = error.where or folder / CONFIG_NAME
-        raise ConfigError(error.what[:1000], where=where, cure=error.cure) from None
-    weights = read_safetensors(folder / WEIGHTS_NAME)
-    _require_finite(weights, folder / WEIGHTS_NAME)
-    compare(expected, weights, source=str(folder / WEIGHTS_NAME)).require_complete()
-    adapter = add_lora(base.model, config)
-    base.model.load_weights(list(weights.items()), strict=False)
-    mx.eval(base.model.trainable_parameters())
-    return adapter
+    layouts = [name for name in LAYOUTS if _holds(folder, name)]
+    if len(layouts) > 1:
+        raise FileFormatError(
+            f"holds {' and '.join(LAYOUTS[name].WEIGHTS_NAME for name in layouts)}",
+            where=folder,
+            cure="One adapter_config.json describes one of them: keep that one.",
+        )
+    if not layouts and os.path.lexists(folder / PICKLED):
+        raise FileFormatError(
+            "is pickled: loading it could run anything, so it is never loaded",
+            where=folder / PICKLED,
+            cure="Save the adapter as adapter_model.safetensors.",
+        )
+    return LAYOUTS[layouts[0] if layouts else "mlx-lm"].load(base, folder)
 
 
-def _read_config(path: Path) -> LoRAConfig:
-    config = read_json(path)
-    kind = config.get("fine_tune_type", "lora")
-    if kind != "lora":
-        raise ConfigError(f"fine_tune_type {reprlib.repr(kind)} is not supported", where=path)
-    parameters, num_layers = config.get("lora_parameters"), config.get("num_layers")
-    if not isinstance(parameters, dict):
-        raise ConfigError("needs an object 'lora_parameters'", where=path)
-    numbers = {name: parameters.get(name) for name in ("rank", "scale", "dropout")}
-    if isinstance(num_layers, bool) or not isinstance(num_layers, int):
-        got = reprlib.repr(num_layers)
-        raise ConfigError(f"num_layers must be a whole number, got {got}", where=path)
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            got = reprlib.repr(value)
-            raise ConfigError(f"lora_parameters.{name} must be a number, got {got}", where=path)
-    keys = ALL_LINEAR if parameters.get("keys") is None else parameters["keys"]
-    if keys != ALL_LINEAR and not _is_list_of_names(keys):
-        raise ConfigError("lora_parameters.keys must be a list of module names", where=path)
-    if numbers["rank"] > LARGEST_RANK:
-        raise ConfigError(f"lora_parameters.rank is beyond reason: {numbers['rank']}", where=path)
-    return LoRAConfig(
-        rank=numbers["rank"],
-        alpha=numbers["scale"] * numbers["rank"],
-        dropout=numbers["dropout"],
-        target_modules=keys,
-        num_layers=num_layers if num_layers > 0 else None,  # mlx-lm: 0 or less means all
-    )
+def _require_no_other(folder: Path, layout: str) -> None:
+    others = [name for name in LAYOUTS if name != layout and _holds(folder, name)]
+    if others:
+        raise ConfigError(
+            f"holds an adapter in the layout of {others[0]}",
+            where=folder,
+            cure="Both use adapter_config.json: choose another folder.",
+        )
 
 
-def _is_list_of_names(keys: object) -> bool:
-    return isinstance(keys, list) and bool(keys) and all(isinstance(key, str) for key in keys)
-
-
-def _expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, mx.array]:
-    modules, expected = dict(model.named_modules()), {}
-    for path in find_targets(model, config):
-        module = modules[path]
-        linear = module.linear if isinstance(module, LoRALinear) else module
-        in_dims, out_dims = linear_dims(linear)
-        expected[f"{path}.lora_a"] = mx.zeros((in_dims, config.rank))
-        expected[f"{path}.lora_b"] = mx.zeros((config.rank, out_dims))
-    return expected
-
-
-def _require_finite(weights: Mapping[str, mx.array], where: object) -> None:
-    bad = not_finite(weights)
-    if bad:
-        raise WeightsError(f"{bad[0]} holds NaN or infinity", where=where)
+def _holds(folder: Path, layout: str) -> bool:
+    return os.path.lexists(folder / LAYOUTS[layout].WEIGHTS_NAME)

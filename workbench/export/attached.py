@@ -1,0 +1,178 @@
+"""The adapter of a network, as files see it: its arrays, and one description of where it is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from workbench.errors import AdapterWarning, ConfigError, FileFormatError, WeightsError
+from workbench.models.files import write_json, write_safetensors
+from workbench.models.loading import BaseModel
+from workbench.models.report import compare
+from workbench.models.structure import find_layers, module_at
+from workbench.numerics import not_finite
+from workbench.tuning.lora import Adapter, LoRAConfig, add_lora, find_targets
+from workbench.tuning.lora_layers import DoRALinear, LoRALinear, linear_dims
+
+CONFIG_NAME = "adapter_config.json"  # in mlx-lm's layout and in PEFT's
+LARGEST_RANK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What is attached to a network, where one description fits all of it."""
+
+    rank: int
+    scale: float  # factor on the update
+    dropout: float
+    use_dora: bool
+    names: tuple[str, ...]  # of the adapted modules inside their layer, such as self_attn.q_proj
+    first: int  # adapted layer; all after it are adapted alike
+    total: int  # layers of the network
+
+    @property
+    def num_layers(self) -> int:
+        """Number of adapted layers."""
+        return self.total - self.first
+
+
+def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
+    """Every array that belongs to the adapter, by name."""
+    return {
+        f"{path}.{name}": module[name]
+        for path, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+        for name in module.parts
+    }
+
+
+def describe(model: nn.Module) -> Attached:
+    """One description of the attached adapter.
+
+    Raises:
+        ConfigError: no adapter is attached, it is switched off, or it is not of one kind on the
+            last N layers alike: neither mlx-lm's layout nor `LoRAConfig` can say that.
+    """
+    layers_path, total = find_layers(model)
+    adapted: dict[int, set[str]] = {}
+    settings = set()
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            number, _, name = path.removeprefix(f"{layers_path}.").partition(".")
+            adapted.setdefault(int(number), set()).add(name)
+            is_dora = isinstance(module, DoRALinear)
+            settings.add((module.lora_a.shape[1], module.scale, module.dropout_rate, is_dora))
+    if not adapted:
+        raise ConfigError("no adapter is attached", cure="Attach one: wb.add_lora(base.model).")
+    first = min(adapted)
+    if len(settings) != 1 or any(adapted.get(n) != adapted[first] for n in range(first, total)):
+        raise ConfigError("an adapter's file needs one kind of it on the last N layers alike")
+    rank, scale, dropout, use_dora = settings.pop()
+    if not scale:
+        raise ConfigError("the adapter is switched off", cure="Leave wb.adapter_disabled first.")
+    return Attached(rank, scale, dropout, use_dora, tuple(sorted(adapted[first])), first, total)
+
+
+def expected_arrays(model: nn.Module, config: LoRAConfig) -> dict[str, mx.array]:
+    """Zeros of the shapes that an adapter of this configuration has, by name; they are lazy.
+
+    Raises:
+        ConfigError: the configuration does not fit the network.
+    """
+    expected = {}
+    for path in find_targets(model, config):
+        module = module_at(model, path)
+        in_dims, out_dims = linear_dims(getattr(module, "linear", module))
+        expected[f"{path}.lora_a"] = mx.zeros((in_dims, config.rank))
+        expected[f"{path}.lora_b"] = mx.zeros((config.rank, out_dims))
+        if config.use_dora:
+            expected[f"{path}.m"] = mx.zeros((out_dims,))
+    return expected
+
+
+def require_fit(
+    expected: Mapping[str, mx.array], found: Mapping[str, mx.array], where: object
+) -> None:
+    """Raise WeightsError unless a file's tensors are all and only the expected ones, and finite."""
+    require_finite(found, where)
+    try:
+        compare(expected, found, source=str(where)).require_complete()
+    except WeightsError as error:
+        cure = "The adapter is for another base model or another rank, or its file is incomplete."
+        raise WeightsError(error.what, where=error.where, cure=cure) from None
+
+
+def require_finite(weights: Mapping[str, mx.array], where: object) -> None:
+    """Raise WeightsError naming an array that holds NaN or infinity."""
+    bad = not_finite(weights)
+    if bad:
+        raise WeightsError(f"{bad[0]} holds NaN or infinity", where=where)
+
+
+def attach(model: nn.Module, config: LoRAConfig, weights: Mapping[str, mx.array]) -> Adapter:
+    """Attach an adapter with weights that `expected_arrays` fits; one that is there is replaced."""
+    adapter = add_lora(model, config)
+    model.load_weights(list(weights.items()), strict=False)
+    mx.eval(model.trainable_parameters())
+    return adapter
+
+
+def warn_of_another_base(base: BaseModel, named: object, where: object) -> None:
+    """Warn if an adapter says that it was made for a model of another name; shapes fit."""
+    if not isinstance(named, str) or not named:
+        return
+    ours = (base.name, str(base.path), base.raw_config.get("_name_or_path"))
+    if _last_part(named) not in {_last_part(name) for name in ours if isinstance(name, str)}:
+        warnings.warn(
+            f"{where}: was made for {named[:200]!r}; this is {base.name!r}. Every shape fits; "
+            "whether the numbers do, only that model can tell.",
+            AdapterWarning,
+            stacklevel=2,
+        )
+
+
+def _last_part(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
+
+
+def write_pair(
+    folder: Path,
+    config: Mapping[str, object],
+    weights_name: str,
+    weights: Mapping[str, mx.array],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write adapter_config.json and the weights; an older pair is replaced.
+
+    Raises:
+        FileFormatError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as staging:
+            write_safetensors(Path(staging, weights_name), weights, metadata)
+            write_json(Path(staging, CONFIG_NAME), config)
+            # Killed between the two, this leaves a folder that does not load, never a mixture.
+            (folder / CONFIG_NAME).unlink(missing_ok=True)
+            os.replace(Path(staging, weights_name), folder / weights_name)
+            os.replace(Path(staging, CONFIG_NAME), folder / CONFIG_NAME)
+    except OSError as error:
+        raise FileFormatError(f"cannot be written ({error.strerror})", where=folder) from error
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Refusals of a configuration name the file that it came from."""
+    try:
+        yield
+    except ConfigError as error:
+        where = error.where or file
+        raise ConfigError(error.what[:1000], where=where, cure=error.cure) from None

@@ -1,0 +1,165 @@
+"""Fuse: a whole model folder for mlx-lm and transformers, with the adapter in the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from workbench.errors import ConfigError, FileFormatError
+from workbench.export import drift
+from workbench.export.folders import check_place, replace_folder
+from workbench.export.model_card import CARD_NAME, Run, card, escaped_name, read_run
+from workbench.export.model_config import GENERATION_NAME, export_config, generation_config
+from workbench.export.weights import fused_weights, quantised_weights, write_shards
+from workbench.models.files import read_json, write_json
+from workbench.models.llama import Llama
+from workbench.models.loading import BaseModel
+from workbench.models.quantisation import quantisation_settings
+from workbench.models.tokenizers import is_failure
+
+MAX_SHARD_BYTES = 5_000_000_000  # as transformers and mlx-lm cut
+QUANTISATION = ("bits", "group_size")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# transformers 5 reads either name, transformers 4 the old one only.
+NEW_CLASS, OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
+
+
+@dataclass(frozen=True)
+class FusedModel:
+    """What `fuse` wrote."""
+
+    path: Path
+    num_tensors: int
+    num_bytes: int  # of all tensors
+    quantisation: Mapping[str, object] | None  # bits and group_size
+    tools: tuple[str, ...]  # that load it, beside this workbench
+    drift: drift.Drift | None = None  # measured where it was quantised
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        size = f"{self.num_tensors} tensors, {self.num_bytes / 1e6:.1f} MB"
+        kind = "plain" if self.quantisation is None else f"{self.quantisation['bits']} bits"
+        lines = [f"{self.path}: {size}, {kind}; for {' and '.join(self.tools)}"]
+        return "; ".join([*lines, *([str(self.drift)] if self.drift else [])])
+
+
+def fuse(
+    base: BaseModel,
+    folder: str | os.PathLike,
+    dtype: mx.Dtype | None = None,
+    quantise: Mapping[str, int] | None = None,
+    force: bool = False,
+    *,
+    run_dir: str | os.PathLike | None = None,
+    prompts: Sequence[str] = drift.PROMPTS,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> FusedModel:
+    """Write a model folder: config, weights, tokenizer with chat template, generation config, card.
+
+    mlx-lm loads it. So does transformers, if the network is our Llama, whose tensors have Hugging
+    Face's names, and nothing is quantised. The model in memory is not changed. The folder is
+    written beside its place and moved there whole; an earlier export is replaced whole.
+
+    Args:
+        base: a model, with or without an adapter.
+        folder: not there yet, empty, or an earlier export as it was written.
+        dtype: of floating-point weights; default as the network holds them. Weights that are
+            quantised in memory are written dequantised, unless `quantise` is given.
+        quantise: {"bits": 4, "group_size": 64}, for mlx-lm. The export is loaded and its logits
+            are compared: rounding must not take back or drown what the adapter does (`drift`).
+        force: write where rounding does, and where `folder` is something else, which is moved
+            aside to a name beside it.
+        run_dir: the run that trained it, for the model card.
+        prompts: that the quantised export is compared on.
+        max_shard_bytes: of one file of weights.
+
+    Raises:
+        ConfigError: the folder is taken, or is the base model's own; a setting is impossible.
+        WeightsError: quantisation swallows the adapter, or a weight is not finite.
+        RunError: run_dir holds no run.
+        FileFormatError: the folder cannot be written; what was there is intact.
+    """
+    settings = None if quantise is None else _checked(quantise)
+    if dtype is not None and not mx.issubdtype(dtype, mx.floating):
+        raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
+    place, run = check_place(base, folder, force), read_run(run_dir)
+    made: list[FusedModel] = []
+
+    def write(staging: Path) -> None:
+        fused = _write(base, staging, dtype, settings, max_shard_bytes)
+        if settings is not None:
+            fused = dataclasses.replace(fused, drift=drift.measure(base, staging, prompts))
+            if not force:
+                drift.require_adapter(fused.drift, place)
+        (staging / CARD_NAME).write_text(_card(base, fused, run), encoding="utf-8")
+        made.append(dataclasses.replace(fused, path=place))
+
+    replace_folder(place, write, force)
+    return made[0]
+
+
+def _checked(quantise: Mapping[str, int]) -> dict[str, int]:
+    if not isinstance(quantise, Mapping) or quantise.keys() != set(QUANTISATION):
+        raise ConfigError(f"quantise must have {' and '.join(QUANTISATION)}, got {quantise!r}")
+    quantisation_settings(quantise, "")
+    return {name: quantise[name] for name in QUANTISATION}
+
+
+def _write(
+    base: BaseModel,
+    folder: Path,
+    dtype: mx.Dtype | None,
+    settings: Mapping[str, int] | None,
+    max_shard_bytes: int,
+) -> FusedModel:
+    weights, quantization = fused_weights(base.model, dtype), None
+    if settings is not None:
+        weights, quantization = quantised_weights(base.model, weights, settings)
+    write_json(folder / "config.json", export_config(base, weights, quantization))
+    generation = generation_config(base)
+    if generation:
+        write_json(folder / GENERATION_NAME, generation)
+    _save_tokenizer(base, folder)
+    num_tensors, num_bytes = len(weights), sum(array.nbytes for array in weights.values())
+    write_shards(folder, weights, max_shard_bytes)
+    both = isinstance(base.model, Llama) and settings is None
+    tools = ("mlx-lm", "transformers") if both else ("mlx-lm",)
+    return FusedModel(folder, num_tensors, num_bytes, settings, tools)
+
+
+def _save_tokenizer(base: BaseModel, folder: Path) -> None:
+    # Several chat templates would make a folder in the folder; tokenizer_config.json holds them.
+    one_template = not isinstance(base.tokenizer.chat_template, dict)
+    try:
+        base.tokenizer.save_pretrained(folder, save_jinja_files=one_template)
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        reason = str(error).strip().split("\n")[0][:300]
+        raise FileFormatError(f"the tokenizer cannot be written ({reason})", where=folder) from None
+    settings = read_json(folder / TOKENIZER_CONFIG)
+    if settings.get("tokenizer_class") == NEW_CLASS:
+        settings.pop("backend", None)
+        write_json(folder / TOKENIZER_CONFIG, {**settings, "tokenizer_class": OLD_CLASS})
+
+
+def _card(base: BaseModel, fused: FusedModel, run: Run | None) -> str:
+    facts = {
+        "tensors": fused.num_tensors,
+        "size": f"{fused.num_bytes / 1e6:.1f} MB",
+        "quantisation": fused.quantisation or "none",
+        "loads in": ", ".join(fused.tools),
+    }
+    tags = ["mlx"] if fused.quantisation is None else ["mlx", f"{fused.quantisation['bits']}-bit"]
+    measured = [f"Against the model it was made of, {fused.drift}."] if fused.drift else []
+    library = "transformers" if "transformers" in fused.tools else "mlx"
+    title = f"A model made of {escaped_name(base)}"
+    use = "mlx_lm.generate --model <this folder>"
+    return card(base, title, facts, use, library, tags, run, measured)

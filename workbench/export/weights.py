@@ -1,0 +1,137 @@
+"""A network's weights as a file holds them: adapters fused in, plain or quantised, in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from workbench.errors import ConfigError, WeightsError
+from workbench.export.attached import require_finite
+from workbench.models.files import INDEX_NAME, write_json, write_safetensors
+from workbench.models.loading import cast
+from workbench.models.quantisation import quantisation_settings
+from workbench.tuning.lora_layers import LoRALinear
+
+Tensors = dict[str, mx.array]
+
+
+def fused_weights(model: nn.Module, dtype: mx.Dtype | None = None) -> Tensors:
+    """Every parameter of the network without its adapter's modules, by name; the arrays are lazy.
+
+    An adapted layer has the one weight that does the same; a quantised one is dequantised.
+
+    Args:
+        model: with or without an adapter; it is not changed.
+        dtype: of floating-point numbers; default as the network holds each.
+    """
+    modules = dict(model.named_modules())
+    keep = getattr(model, "cast_predicate", lambda name: True)  # mlx-lm: what 16 bits would spoil
+    weights = {}
+    for name, array in tree_flatten(model.parameters()):
+        path, _, leaf = name.rpartition(".")
+        owner = modules.get(path)
+        if isinstance(owner, LoRALinear):
+            continue  # lora_a, lora_b, m: they are in the weight
+        outer = path.removesuffix(".linear")
+        adapted = modules.get(outer) if outer != path else None
+        if isinstance(adapted, LoRALinear):
+            name = f"{outer}.{leaf}"
+        if "scales" in (owner or {}) and leaf in ("scales", "biases"):
+            continue
+        if leaf == "weight" and isinstance(adapted, LoRALinear):
+            held = owner.scales.dtype if "scales" in owner else array.dtype
+            array = adapted.fused_weight().astype(held)
+        elif leaf == "weight" and "scales" in (owner or {}):
+            array = _dequantised(owner)
+        weights[name] = cast(array, dtype if keep(name) else None)
+    left = [name for name in weights if name.endswith((".lora_a", ".lora_b"))]
+    if left:
+        raise ConfigError(f"{left[0]} belongs to an adapter that cannot be fused here")
+    return weights
+
+
+def _dequantised(module: nn.Module) -> mx.array:
+    settings = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+    return mx.dequantize(module.weight, module.scales, module.get("biases"), **settings)
+
+
+def quantised_weights(
+    model: nn.Module, weights: Mapping[str, mx.array], settings: Mapping[str, object]
+) -> tuple[Tensors, dict[str, object]]:
+    """The weights with those quantised that MLX can quantise, and config.json's `quantization`.
+
+    Args:
+        model: what the weights are of; its architecture may exempt layers, or give them settings
+            of their own (mlx-lm's `quant_predicate`).
+        weights: as `fused_weights` gives them.
+        settings: bits and group_size.
+    """
+    predicate = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    chosen: dict[str, object] = {**settings, "mode": "affine"}
+    written = dict(weights)
+    for path, module in model.named_modules():
+        # An adapted layer stands for the plain one inside it.
+        plain = module.linear if isinstance(module, LoRALinear) else module
+        weight = weights.get(f"{path}.weight")
+        is_quantised = "scales" in plain  # in memory; its class has no to_quantized then
+        if weight is None or not (is_quantised or hasattr(plain, "to_quantized")):
+            continue
+        own = predicate(path, plain)
+        layer = {**chosen, **own} if isinstance(own, dict) else chosen
+        if not own or weight.shape[-1] % layer["group_size"]:
+            continue
+        if isinstance(own, dict):
+            chosen[path] = own
+        layer = quantisation_settings(chosen, path)
+        parts = mx.quantize(weight, **layer)
+        names = (f"{path}.weight", f"{path}.scales", f"{path}.biases")
+        written.update(zip(names, parts))
+    return written, chosen
+
+
+def write_shards(folder: Path, weights: Tensors, max_shard_bytes: int) -> None:
+    """Write model.safetensors, or shards of at most so many bytes and their index.
+
+    A tensor that is larger has a shard of its own. `weights` is emptied on the way, so that a
+    shard's arrays can go when it is written.
+
+    Raises:
+        WeightsError: a weight holds NaN or infinity.
+        FileFormatError: the folder cannot be written.
+    """
+    shards = [*_shards(weights, max_shard_bytes)]
+    total_bytes = sum(array.nbytes for array in weights.values())
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        one = len(shards) == 1
+        file = (
+            "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
+        shard = {name: weights.pop(name) for name in names}
+        try:
+            require_finite(shard, folder.name)
+        except WeightsError as error:
+            cure = "Is dtype too small for it? float16 ends at 65504; bfloat16 does not."
+            raise WeightsError(error.what, cure=cure) from None
+        write_safetensors(folder / file, shard)
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        write_json(folder / INDEX_NAME, index)
+
+
+def _shards(weights: Mapping[str, mx.array], max_shard_bytes: int) -> Iterator[list[str]]:
+    names, num_bytes = [], 0
+    for name in sorted(weights):
+        size = weights[name].nbytes
+        if names and num_bytes + size > max_shard_bytes:
+            yield names
+            names, num_bytes = [], 0
+        names.append(name)
+        num_bytes += size
+    if names:
+        yield names
