@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from workbench.errors import ConfigError, FileFormatError
+from workbench.errors import ConfigError, FileFormatError, check_whole
 from workbench.export import drift
 from workbench.export.folders import check_place, replace_folder
 from workbench.export.model_card import CARD_NAME, Run, card, escaped_name, read_run
@@ -63,21 +63,20 @@ def fuse(
 ) -> FusedModel:
     """Write a model folder: config, weights, tokenizer with chat template, generation config, card.
 
-    mlx-lm loads it. So does transformers, if the network is our Llama, whose tensors have Hugging
-    Face's names, and nothing is quantised. The model in memory is not changed. The folder is
+    mlx-lm loads it; transformers too, if the network is our Llama and nothing is quantised. It is
     written beside its place and moved there whole; an earlier export is replaced whole.
 
     Args:
-        base: a model, with or without an adapter.
+        base: a model, with or without an adapter; it is not changed.
         folder: not there yet, empty, or an earlier export as it was written.
-        dtype: of floating-point weights; default as the network holds them. Weights that are
-            quantised in memory are written dequantised, unless `quantise` is given.
-        quantise: {"bits": 4, "group_size": 64}, for mlx-lm. The export is loaded and its logits
-            are compared: rounding must not take back or drown what the adapter does (`drift`).
+        dtype: of floating-point weights; default as the network holds them. What is quantised in
+            memory is written dequantised, unless `quantise` is given.
+        quantise: {"bits": 4, "group_size": 64}. The export is loaded, and rounding must not take
+            back or drown what the adapter does to the logits of `prompts` (`drift`).
         force: write where rounding does, and where `folder` is something else, which is moved
             aside to a name beside it.
         run_dir: the run that trained it, for the model card.
-        prompts: that the quantised export is compared on.
+        prompts: questions that a quantised export is compared on.
         max_shard_bytes: of one file of weights.
 
     Raises:
@@ -86,52 +85,66 @@ def fuse(
         RunError: run_dir holds no run.
         FileFormatError: the folder cannot be written; what was there is intact.
     """
-    settings = None if quantise is None else _checked(quantise)
-    if dtype is not None and not mx.issubdtype(dtype, mx.floating):
-        raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
-    place, run = check_place(base, folder, force), read_run(run_dir)
+    settings = _checked(dtype, quantise)
+    wish = _Wish(dtype, settings, force, read_run(run_dir), prompts, max_shard_bytes)
+    return _put(base, check_place(base, folder, force), wish)
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """How to write, checked; the fields are arguments of `fuse`."""
+
+    dtype: mx.Dtype | None
+    settings: Mapping[str, int] | None
+    force: bool
+    run: Run | None
+    prompts: Sequence[str]
+    max_shard_bytes: int
+
+    def __post_init__(self):
+        check_whole("max_shard_bytes", self.max_shard_bytes, 1)
+
+
+def _put(base: BaseModel, place: Path, wish: _Wish) -> FusedModel:
     made: list[FusedModel] = []
 
     def write(staging: Path) -> None:
-        fused = _write(base, staging, dtype, settings, max_shard_bytes)
-        if settings is not None:
-            fused = dataclasses.replace(fused, drift=drift.measure(base, staging, prompts))
-            if not force:
-                drift.require_adapter(fused.drift, place)
-        (staging / CARD_NAME).write_text(_card(base, fused, run), encoding="utf-8")
-        made.append(dataclasses.replace(fused, path=place))
+        fused = _write(base, staging, wish)
+        measured = drift.measure(base, staging, wish.prompts) if wish.settings else None
+        if measured and not wish.force:
+            drift.require_adapter(measured, place)
+        made.append(dataclasses.replace(fused, path=place, drift=measured))
+        (staging / CARD_NAME).write_text(_card(base, made[0], wish.run), encoding="utf-8")
 
-    replace_folder(place, write, force)
+    replace_folder(place, write, wish.force)
     return made[0]
 
 
-def _checked(quantise: Mapping[str, int]) -> dict[str, int]:
+def _checked(dtype: mx.Dtype | None, quantise: Mapping[str, int] | None) -> dict[str, int] | None:
+    if dtype is not None and not mx.issubdtype(dtype, mx.floating):
+        raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
+    if quantise is None:
+        return None
     if not isinstance(quantise, Mapping) or quantise.keys() != set(QUANTISATION):
         raise ConfigError(f"quantise must have {' and '.join(QUANTISATION)}, got {quantise!r}")
     quantisation_settings(quantise, "")
     return {name: quantise[name] for name in QUANTISATION}
 
 
-def _write(
-    base: BaseModel,
-    folder: Path,
-    dtype: mx.Dtype | None,
-    settings: Mapping[str, int] | None,
-    max_shard_bytes: int,
-) -> FusedModel:
-    weights, quantization = fused_weights(base.model, dtype), None
-    if settings is not None:
-        weights, quantization = quantised_weights(base.model, weights, settings)
+def _write(base: BaseModel, folder: Path, wish: _Wish) -> FusedModel:
+    weights, quantization = fused_weights(base.model, wish.dtype), None
+    if wish.settings is not None:
+        weights, quantization = quantised_weights(base.model, weights, wish.settings)
     write_json(folder / "config.json", export_config(base, weights, quantization))
     generation = generation_config(base)
     if generation:
         write_json(folder / GENERATION_NAME, generation)
     _save_tokenizer(base, folder)
     num_tensors, num_bytes = len(weights), sum(array.nbytes for array in weights.values())
-    write_shards(folder, weights, max_shard_bytes)
-    both = isinstance(base.model, Llama) and settings is None
+    write_shards(folder, weights, wish.max_shard_bytes)
+    both = isinstance(base.model, Llama) and wish.settings is None
     tools = ("mlx-lm", "transformers") if both else ("mlx-lm",)
-    return FusedModel(folder, num_tensors, num_bytes, settings, tools)
+    return FusedModel(folder, num_tensors, num_bytes, wish.settings, tools)
 
 
 def _save_tokenizer(base: BaseModel, folder: Path) -> None:
