@@ -1,30 +1,15 @@
-"""A name, a file or a folder becomes train, validation and test examples."""
+"""A source of rows becomes train, validation and test examples."""
 
 from __future__ import annotations
 
 import functools
 import html
-import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from workbench.data.capitals import (
-    TEST_PHRASINGS,
-    TRAIN_PHRASINGS,
-    VALID_PHRASINGS,
-    all_capitals,
-    capital_rows,
-)
 from workbench.data.examples import Example, encode_row
-from workbench.data.rows import read_rows
-from workbench.errors import ConfigError, DataError, check_number, check_whole
-
-SPLITS = ("train", "valid", "test")
-Rows = Iterable[tuple[str, Mapping[str, object]]]  # (place, row)
+from workbench.data.row_sources import SPLITS, read_source
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,7 +56,7 @@ class Dataset:
 
 
 def load_dataset(
-    source: str | os.PathLike,
+    source: object,
     tokenizer: PreTrainedTokenizerBase,
     *,
     limit: int | None = None,
@@ -84,21 +69,20 @@ def load_dataset(
     """Read and tokenise a data set.
 
     Args:
-        source: `capitals`, a folder of train.jsonl (and valid, test), or a .jsonl file to split.
+        source: `capitals`, a folder of train.jsonl (and valid, test), a .jsonl file to split, or
+            rows in memory: a pandas frame, a Hugging Face data set, a list; see `read_source`.
         limit: training rows that are used, from the start; None for all.
         max_length: tokens of a row that are kept; `Dataset.truncated` counts the rows cut.
         train_on: targets of a chat, see `encode_row`.
         allow_special_tokens: whether those that messages spell act, see `encode_row`.
-        valid_fraction: share of a single file's rows that validate.
+        valid_fraction: share of the rows that validate, of what comes without splits.
         seed: of that split.
 
     Raises:
-        DataError: nothing there, or a row that cannot be trained on; names the line.
-        ConfigError: a setting is out of range.
+        DataError: nothing there, or a row that cannot be trained on; names the line or the row.
+        ConfigError: a setting is out of range, or a stream comes without a limit.
     """
-    _check_settings(limit, valid_fraction, seed)
-    rows = _capitals(limit) if source == "capitals" else _from_disk(source, valid_fraction, seed)
-    rows["train"] = rows["train"][:limit]
+    found = read_source(source, limit, valid_fraction, seed)
     encode = functools.partial(
         encode_row,
         tokenizer=tokenizer,
@@ -107,53 +91,7 @@ def load_dataset(
         allow_special_tokens=allow_special_tokens,
     )
     encoded = {
-        split: [encode(row, where=place) for place, row in rows.get(split, ())] for split in SPLITS
-    }
-    return Dataset(Path(source).name, **encoded, allow_special_tokens=allow_special_tokens)
-
-
-def _check_settings(limit: int | None, valid_fraction: float, seed: int) -> None:
-    if limit is not None:
-        check_whole("limit", limit, 1)
-    check_whole("seed", seed, 0)
-    check_number("valid_fraction", valid_fraction, 0)
-    if valid_fraction >= 1:
-        raise ConfigError(f"valid_fraction must be in [0, 1), got {valid_fraction}")
-
-
-def _capitals(limit: int | None) -> dict[str, list]:
-    # A limit takes whole capitals into validation and test, so that all is about the same ones.
-    capitals = all_capitals()
-    if limit is not None:
-        capitals = capitals[: -(-limit // len(TRAIN_PHRASINGS))]
-    phrasings = dict(zip(SPLITS, (TRAIN_PHRASINGS, VALID_PHRASINGS, TEST_PHRASINGS)))
-    return {
-        split: [
-            (f"capitals, {split} row {number}", row)
-            for number, row in enumerate(capital_rows(capitals, phrasings[split]), 1)
-        ]
+        split: [encode(row, where=place) for place, row in found.splits.get(split, ())]
         for split in SPLITS
     }
-
-
-def _from_disk(source: str | os.PathLike, valid_fraction: float, seed: int) -> dict[str, list]:
-    path = Path(os.path.expanduser(source))
-    if os.path.exists(path) and not os.path.isdir(path):
-        return _split(list(read_rows(path)), valid_fraction, seed)
-    if not os.path.isdir(path):
-        raise DataError(
-            f"no data set {os.fspath(source)!r}",
-            cure="Give 'capitals', a folder with train.jsonl, or a .jsonl file.",
-        )
-    files = {split: path / f"{split}.jsonl" for split in SPLITS}
-    there = {split: file for split, file in files.items() if os.path.lexists(file)}
-    if "train" not in there:
-        raise DataError("holds no train.jsonl", where=path)
-    return {split: list(read_rows(file, inside=path)) for split, file in there.items()}
-
-
-def _split(rows: list, valid_fraction: float, seed: int) -> dict[str, list]:
-    order = np.random.default_rng(seed).permutation(len(rows))
-    num_valid = min(round(valid_fraction * len(rows)), len(rows) - 1)
-    valid, train = sorted(order[:num_valid]), sorted(order[num_valid:])
-    return {"train": [rows[i] for i in train], "valid": [rows[i] for i in valid]}
+    return Dataset(found.name, **encoded, allow_special_tokens=allow_special_tokens)
