@@ -26,6 +26,8 @@ class Dataset:
     test: list[Example] = field(default_factory=list)
     allow_special_tokens: bool = False
 
+    unit = "rows"  # what a split is counted in
+
     @property
     def truncated(self) -> int:
         """Number of examples, over all splits, that were cut to max_length."""
@@ -40,9 +42,11 @@ class Dataset:
         parts = []
         for split in SPLITS:
             examples = getattr(self, split)
-            tokens, targets = sum(map(len, examples)), sum(e.num_targets for e in examples)
-            parts.append(f"{split} {len(examples)} rows, {tokens} tokens, {targets} supervised")
-        cut = f"; {self.truncated} rows were cut to max_length" if self.truncated else ""
+            tokens = sum(len(side) for example in examples for side in example.sides)
+            targets = sum(example.num_targets for example in examples)
+            count = f"{len(examples)} {self.unit}"
+            parts.append(f"{split} {count}, {tokens} tokens, {targets} supervised")
+        cut = f"; {self.truncated} {self.unit} were cut to max_length" if self.truncated else ""
         spelled = f"; {self.num_spelled} special tokens in messages are text"
         special = spelled if self.num_spelled else ""
         if self.allow_special_tokens:

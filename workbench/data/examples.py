@@ -41,6 +41,11 @@ class Example:
         return len(self.tokens)
 
     @property
+    def sides(self) -> tuple[Example]:
+        """What goes through the network for this row; a preference pair has two."""
+        return (self,)
+
+    @property
     def num_targets(self) -> int:
         """Number of supervised targets."""
         return int(self.loss_mask[1:].sum())
