@@ -5,23 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from mlx.utils import tree_flatten
 
 from workbench.backend import default_cache_limit
-from workbench.data.batches import BatchPlan, collate
+from workbench.data.batches import BatchPlan
 from workbench.data.datasets import Dataset
-from workbench.errors import ConfigError, NotFiniteError, RunError, TrainingError, check_number
+from workbench.errors import ConfigError, RunError, TrainingError, check_number
 from workbench.machine import LARGE_BLOCK_BYTES
 from workbench.models.loading import BaseModel
 from workbench.probes.guard import MemoryGuard
 from workbench.probes.memory import cache_limit, reset_peak
 from workbench.runs.store import RunFolder, as_config
 from workbench.tuning.config import StepReport, TrainConfig
-from workbench.tuning.gradients import clip_by_global_norm
 from workbench.tuning.interrupts import DeferredInterrupt, orderly_exit
 from workbench.tuning.losses import LossFunction, chosen_loss, mean_loss
 from workbench.tuning.memory_watch import MemoryWatch
@@ -29,11 +27,10 @@ from workbench.tuning.optimizers import make_optimizer
 from workbench.tuning.prefix import use_prefix
 from workbench.tuning.progress import Progress
 from workbench.tuning.prompt_sharing import share_prompts
-from workbench.tuning.refusals import check_rows, require_finite
-from workbench.tuning.reporting import make_report
+from workbench.tuning.refusals import check_rows
 from workbench.tuning.resuming import RunKeeper
 from workbench.tuning.schedules import learning_rate_at
-from workbench.tuning.update import accumulate, apply_update, step_seed
+from workbench.tuning.update import make_update
 
 
 class Trainer:
@@ -183,7 +180,7 @@ class Trainer:
             self._keeper.save_if_new(self)
         with DeferredInterrupt() as interrupt:
             released = self._memory.reload_if_due(self)
-            report = dataclasses.replace(self._update(), released_bytes=released)
+            report = dataclasses.replace(make_update(self), released_bytes=released)
             try:
                 if self._validates_after(report.step):
                     report = dataclasses.replace(report, valid_loss=self.validate(interrupt))
@@ -261,25 +258,3 @@ class Trainer:
         every = self.config.valid_every
         due = step == self.total_steps or (every and step % every == 0)
         return bool(self.data.valid) and due
-
-    def _update(self) -> StepReport:
-        started, step = time.perf_counter(), self.steps_done
-        batches = [collate(self.data.train, rows) for rows in self.plan.micro_batches(step)]
-        num_tokens = sum(batch.num_tokens for batch in batches)
-        seed, again = step_seed(self.config.seed, step), self.config.grad_checkpoint
-        loss_sum, gradients = accumulate(self.model, self.loss_fn, batches, seed, again)
-        loss = loss_sum / num_tokens
-        clipped, norm = clip_by_global_norm(gradients, self.config.max_grad_norm, num_tokens)
-        places = [self.data.train[row].where for batch in batches for row in batch.rows]
-        try:
-            require_finite(loss, norm, gradients, step + 1, places)
-        except NotFiniteError:
-            skips = self.config.on_bad_step == "skip"
-            if not skips or self.progress.bad_steps >= self.config.max_bad_steps:
-                raise
-            self.progress.bad_steps += 1
-            return make_report(self, batches, loss.item(), norm.item(), started, skipped=True)
-        del gradients  # clipping writes over arrays that nobody else holds
-        rate = self.learning_rate(step)
-        apply_update(self.model, self.optimizer, clipped, loss, rate, step + 1)
-        return make_report(self, batches, loss.item(), norm.item(), started)

@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from workbench.data.batches import Batch
-from workbench.errors import TrainingError
+from workbench.data.batches import Batch, collate
+from workbench.errors import NotFiniteError, TrainingError
 from workbench.models.checkpointing import checkpointed_layers
 from workbench.numerics import not_finite
+from workbench.tuning.config import StepReport
+from workbench.tuning.gradients import clip_by_global_norm
 from workbench.tuning.losses import LossFunction
+from workbench.tuning.refusals import require_finite
+from workbench.tuning.reporting import make_report
+
+if TYPE_CHECKING:
+    from workbench.tuning.trainer import Trainer
+
+
+def make_update(trainer: Trainer) -> StepReport:
+    """The trainer's next update; returns its report, which the trainer has not yet counted.
+
+    Raises:
+        TrainingError: loss or gradients are not finite, or the optimizer failed; weights and
+            optimizer state are those before the update.
+    """
+    started, step, config = time.perf_counter(), trainer.steps_done, trainer.config
+    batches = [collate(trainer.data.train, rows) for rows in trainer.plan.micro_batches(step)]
+    num_tokens = sum(batch.num_tokens for batch in batches)
+    seed, again = step_seed(config.seed, step), config.grad_checkpoint
+    loss_sum, gradients = accumulate(trainer.model, trainer.loss_fn, batches, seed, again)
+    loss = loss_sum / num_tokens
+    clipped, norm = clip_by_global_norm(gradients, config.max_grad_norm, num_tokens)
+    places = [trainer.data.train[row].where for batch in batches for row in batch.rows]
+    try:
+        require_finite(loss, norm, gradients, step + 1, places)
+    except NotFiniteError:
+        skips = config.on_bad_step == "skip"
+        if not skips or trainer.progress.bad_steps >= config.max_bad_steps:
+            raise
+        trainer.progress.bad_steps += 1
+        return make_report(trainer, batches, loss.item(), norm.item(), started, skipped=True)
+    del gradients  # clipping writes over arrays that nobody else holds
+    rate = trainer.learning_rate(step)
+    apply_update(trainer.model, trainer.optimizer, clipped, loss, rate, step + 1)
+    return make_report(trainer, batches, loss.item(), norm.item(), started)
 
 
 def accumulate(
