@@ -21,23 +21,30 @@ class Batch:
     tokens: np.ndarray  # (B, T) int32
     loss_mask: np.ndarray  # (B, T) bool: whether token t is a target
     rows: tuple[int, ...]  # row numbers in the data set
+    sides: int = 1  # rows of tokens to a row of the data: 2 of pairs, whose chosen ones come first
 
     @property
     def num_tokens(self) -> int:
         """Number of supervised targets."""
         return int(self.loss_mask[:, 1:].sum())
 
+    @property
+    def weight(self) -> int:
+        """What the sum of the batch's loss is divided by: its supervised targets, or its pairs."""
+        return self.num_tokens if self.sides == 1 else len(self.tokens) // self.sides
+
 
 def collate(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-    """Pad the given rows of a data set into one batch."""
-    length = max(len(examples[row]) for row in rows)
-    tokens = np.full((len(rows), length), PAD_ID, dtype=np.int32)
-    loss_mask = np.zeros((len(rows), length), dtype=bool)
-    for place, row in enumerate(rows):
-        example = examples[row]
+    """Pad the given rows of a data set into one batch; of pairs, all first sides come first."""
+    by_side = list(zip(*(examples[row].sides for row in rows)))
+    sequences = [example for side in by_side for example in side]
+    length = max(map(len, sequences))
+    tokens = np.full((len(sequences), length), PAD_ID, dtype=np.int32)
+    loss_mask = np.zeros((len(sequences), length), dtype=bool)
+    for place, example in enumerate(sequences):
         tokens[place, : len(example)] = example.tokens
         loss_mask[place, : len(example)] = example.loss_mask
-    return Batch(tokens, loss_mask, tuple(int(row) for row in rows))
+    return Batch(tokens, loss_mask, tuple(int(row) for row in rows), len(by_side))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +49,11 @@ class Example:
     def num_targets(self) -> int:
         """Number of supervised targets."""
         return int(self.loss_mask[1:].sum())
+
+
+def all_sides(rows: Iterable[Example]) -> list[Example]:
+    """What goes through the network for these rows: each by itself, of a pair both sides."""
+    return [side for row in rows for side in row.sides]
 
 
 def encode_row(

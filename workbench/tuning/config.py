@@ -125,7 +125,7 @@ class StepReport:
     step: int  # counted from 1
     total_steps: int
     epoch: int  # counted from 1
-    loss: float  # mean cross-entropy of the step's supervised targets, in nats
+    loss: float  # mean cross-entropy of the step's supervised targets, or its pairs' loss, in nats
     num_tokens: int  # supervised targets
     num_input_tokens: int  # tokens that went through the network, padding included
     learning_rate: float
@@ -138,10 +138,11 @@ class StepReport:
     peak_bytes: int  # since the training began
     process_bytes: int | None  # None: not known
     available_bytes: int | None = None  # what the machine could still give without swapping
-    valid_loss: float | None = None  # mean cross-entropy, where this step validated
+    valid_loss: float | None = None  # the same of the validation rows, where this step validated
     skipped: bool = False  # loss or gradients were not finite: no update was made
     spike: bool = False  # a loss far above those of the steps before
     released_bytes: int | None = None  # process memory that a reload before this step gave back
+    extras: dict[str, float] | None = None  # means of what an objective measures beside its loss
 
     @classmethod
     def from_row(cls, row: Mapping[str, object], where: object = "") -> StepReport:
@@ -165,10 +166,11 @@ class StepReport:
     def __str__(self) -> str:
         valid = "" if self.valid_loss is None else f"  valid {self.valid_loss:.4f}"
         held = "" if self.process_bytes is None else f"  {self.process_bytes / 1e9:.2f} GB"
+        extras = "".join(f"  {name} {value:.3g}" for name, value in (self.extras or {}).items())
         if self.skipped:
             return f"step {self.step}/{self.total_steps}  skipped: loss {self.loss}"
         return (
-            f"step {self.step}/{self.total_steps}  loss {self.loss:.4f}{valid}  "
+            f"step {self.step}/{self.total_steps}  loss {self.loss:.4f}{valid}{extras}  "
             f"lr {self.learning_rate:.2e}  grad {self.grad_norm:.2f}  "
             f"{self.tokens_per_second:.0f} tokens/s{held}"
         )
@@ -178,6 +180,10 @@ def _fits(value: object, kind: str, may_be_nan: bool) -> bool:
     """Whether a value from a file may stand in a report's field of this annotation."""
     if value is None:
         return "None" in kind
+    if kind.startswith("dict"):
+        return isinstance(value, dict) and all(
+            _fits(v, "float", may_be_nan) for v in value.values()
+        )
     if isinstance(value, bool) or kind == "bool":
         return isinstance(value, bool) and kind == "bool"
     if not isinstance(value, int | float) or not (may_be_nan or math.isfinite(value)):

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,9 +14,14 @@ from mlx.utils import tree_flatten
 
 from workbench.blas import load_blas
 from workbench.data.datasets import Dataset
-from workbench.data.examples import Example
+from workbench.data.examples import Example, all_sides
 from workbench.probes.parameters import fingerprint
+from workbench.runs.store import as_config
 from workbench.tuning.config import TrainConfig
+from workbench.tuning.dpo import DPOConfig
+
+if TYPE_CHECKING:
+    from workbench.tuning.trainer import Trainer
 
 FREE_TO_CHANGE = (  # settings that leave every number as it is
     "cache_limit_bytes",
@@ -27,7 +33,9 @@ FREE_TO_CHANGE = (  # settings that leave every number as it is
 )
 
 
-def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, object]:
+def identity(
+    model: nn.Module, data: Dataset, config: TrainConfig, objective: DPOConfig | None = None
+) -> dict[str, object]:
     """What must be the same for a run to go on: settings, hashes of data and frozen weights.
 
     Hashing the frozen weights takes about a second for 500 MB.
@@ -36,12 +44,25 @@ def identity(model: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, 
     shapes = {name: [*array.shape, str(array.dtype)] for name, array in trainable}
     frozen = {name: digest for name, digest in fingerprint(model).items() if name not in shapes}
     return {
-        "settings": _settings(config),
+        "settings": _settings(config, objective),
         "training data": _hash_examples(data.train),
         "validation data": _hash_examples(data.valid),
         "base model": hashlib.sha256(repr(sorted(frozen.items())).encode()).hexdigest(),
         "what trains": hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest(),
     }
+
+
+def run_config(trainer: Trainer) -> dict[str, object]:
+    """What a run folder says of the run: how it trains, which model, on what."""
+    parts: dict[str, object] = {
+        "train": trainer.config,
+        "model": trainer.base.name,
+        "data": trainer.data.name,
+        "prefix": str(trainer.prefix),
+    }
+    if trainer.objective is not None:
+        parts["objective"] = trainer.objective.config
+    return as_config(**parts)
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
@@ -74,15 +95,19 @@ def environment() -> dict[str, str]:
     }
 
 
-def _settings(config: TrainConfig) -> dict[str, object]:
+def _settings(config: TrainConfig, objective: DPOConfig | None = None) -> dict[str, object]:
     """Settings that numbers depend on, as JSON gives them back."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
+    settings["objective"] = type(objective).__name__ if objective else None
+    if objective:
+        own = dataclasses.asdict(objective)
+        settings |= {f"objective.{name}": value for name, value in own.items()}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 def _hash_examples(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256(f"{len(examples)}".encode())
-    for example in examples:
+    for example in all_sides(examples):
         digest.update(example.tokens.astype("<i8").tobytes())
         digest.update(example.loss_mask.astype("u1").tobytes())
     return digest.hexdigest()

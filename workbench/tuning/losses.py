@@ -18,7 +18,9 @@ from workbench.models.trying import first_array
 from workbench.tuning.fused_loss import fused_cross_entropy
 
 Array = mx.array | np.ndarray
-LossFunction = Callable[[nn.Module, Batch], mx.array]  # → sum over the supervised targets
+Measures = dict[str, mx.array]  # sums over a batch, by name
+# → sum over the batch's supervised targets, or its pairs; and what else it measures, likewise
+LossFunction = Callable[[nn.Module, Batch], mx.array | tuple[mx.array, Measures]]
 
 
 def next_token_pairs(tokens: Array, mask: Array) -> tuple[Array, Array, Array]:
@@ -59,6 +61,22 @@ def supervised_loss(model: nn.Module, batch: Batch) -> mx.array:
     """
     hidden_states, targets = _supervised(model, batch)
     return cross_entropy(model.head(hidden_states), targets).sum()
+
+
+def row_log_probs(model: nn.Module, batch: Batch) -> mx.array:
+    """Σ log softmax(logits)[target] over each row's supervised targets: (B,) float32, in nats.
+
+    Logits at the supervised positions only, for models as in `supervised_loss`.
+    """
+    if not _parts(model):
+        inputs, targets, mask = next_token_pairs(mx.array(batch.tokens), mx.array(batch.loss_mask))
+        return -(cross_entropy(first_array(model(inputs)), targets) * mask).sum(axis=-1)
+    hidden_states, targets = _supervised(model, batch)
+    losses = cross_entropy(model.head(hidden_states), targets)  # (N,)
+    row_of, _ = np.nonzero(next_token_pairs(batch.tokens, batch.loss_mask)[2])  # (N,)
+    # A product: what is scattered is added up in any order on a GPU.
+    members = mx.array(row_of == np.arange(len(batch.tokens))[:, None]).astype(mx.float32)
+    return -(members @ losses)
 
 
 def fused_loss(model: nn.Module, batch: Batch) -> mx.array:
@@ -104,8 +122,7 @@ def default_loss(model: nn.Module, fused: bool | None = False) -> LossFunction:
         FallbackWarning: the fused form is wanted, and the model has no such parts; or the logits
             must be computed at every position, and why.
     """
-    parts = callable(getattr(model, "backbone", None)) and callable(getattr(model, "head", None))
-    if parts:
+    if _parts(model):
         return supervised_loss if fused is False else fused_loss
     if fused:
         text = f"a {type(model).__name__} does not part into backbone and head"
@@ -141,20 +158,47 @@ def mean_loss(
     stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
     """Mean cross-entropy in nats over all supervised targets, dropout off; None if stopped."""
-    loss_fn, total, num_tokens = loss_fn or default_loss(model), 0.0, 0
+    return mean_measures(model, examples, batch_size, loss_fn, stop)[0]
+
+
+def mean_measures(
+    model: nn.Module,
+    examples: Sequence[Example],
+    batch_size: int,
+    loss_fn: LossFunction | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[float | None, dict[str, float]]:
+    """The mean of a loss function over rows, dropout off, and of what else it measures.
+
+    The loss is None, and nothing else is measured, if it was stopped or there are no rows.
+    """
+    loss_fn, total, weight = loss_fn or default_loss(model), 0.0, 0
+    sums: dict[str, float] = {}
     was_training = model.training
     model.eval()
     order = sorted(range(len(examples)), key=lambda row: len(examples[row]))
     try:
         for start in range(0, len(order), batch_size):
             if stop():
-                return None
+                return None, {}
             batch = collate(examples, order[start : start + batch_size])
-            total += loss_fn(model, batch).item()
-            num_tokens += batch.num_tokens
+            loss, measures = with_measures(loss_fn(model, batch))
+            total += loss.item()
+            sums.update({k: sums.get(k, 0.0) + value.item() for k, value in measures.items()})
+            weight += batch.weight
     finally:
         model.train(was_training)
-    return total / num_tokens if num_tokens else None
+    return (total / weight, {k: v / weight for k, v in sums.items()}) if weight else (None, {})
+
+
+def with_measures(output: mx.array | tuple[mx.array, Measures]) -> tuple[mx.array, Measures]:
+    """What a loss function returned, as its sum and what else it measures."""
+    return output if isinstance(output, tuple) else (output, {})
+
+
+def _parts(model: nn.Module) -> bool:
+    """Whether the model parts into backbone and head."""
+    return callable(getattr(model, "backbone", None)) and callable(getattr(model, "head", None))
 
 
 def _supervised(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:

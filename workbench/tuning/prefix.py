@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from workbench.data.examples import all_sides
 from workbench.errors import ConfigError, FallbackWarning
 from workbench.models.partial_runs import paths_above, try_beginning_at
 from workbench.models.structure import find_layers
@@ -71,7 +72,8 @@ def use_prefix(trainer: Trainer, own_loss: bool) -> PrefixUse:
     if not first:
         return _refused(config, reason)
     shape = outline(model, first)
-    rows = distinct_rows([*trainer.data.train, *trainer.data.valid])
+    examples = all_sides([*trainer.data.train, *trainer.data.valid])
+    rows = distinct_rows(examples)
     needed = sum(map(len, rows)) * shape.shape[-1] * shape.dtype.size
     limit, size = config.prefix_cache_bytes, f"{needed / MEGA:.1f} MB"
     fits = f"needs {size}, prefix_cache_bytes allows {limit / MEGA:.1f} MB"
@@ -87,8 +89,7 @@ def use_prefix(trainer: Trainer, own_loss: bool) -> PrefixUse:
     if needed > limit:
         text = f"the prefix cache {fits}: the other rows are computed at every step"
         warnings.warn(text, FallbackWarning, stacklevel=4)
-    examples = [*trainer.data.train, *trainer.data.valid] if needed <= limit else ()
-    cache = PrefixCache(model, first, limit, examples)
+    cache = PrefixCache(model, first, limit, examples if needed <= limit else ())
     trainer.loss_fn = PrefixLoss(cache, trainer.loss_fn)
     kept = size if needed <= limit else f"{limit / MEGA:.1f} of {size}"
     done = f"the layers below layer {first} run once a row; {kept} kept"
@@ -97,7 +98,7 @@ def use_prefix(trainer: Trainer, own_loss: bool) -> PrefixUse:
 
 def _pays(trainer: Trainer) -> bool:
     """Whether the rows are used so often that computing each alone costs less."""
-    train = trainer.data.train
+    train = all_sides(trainer.data.train)
     uses = trainer.total_steps / trainer.plan.steps_per_epoch * len(train)
     return uses >= WORTHWHILE_USES * len(distinct_rows(train))
 

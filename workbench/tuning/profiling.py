@@ -221,14 +221,14 @@ def _timed_step(trainer: Trainer, step: int) -> tuple[_Stopwatch, list[Batch], f
     """One update as the trainer makes it; returns its times, its batches and its loss."""
     watch, config = _Stopwatch(), trainer.config
     batches = [collate(trainer.data.train, rows) for rows in trainer.plan.micro_batches(step)]
-    num_tokens = sum(batch.num_tokens for batch in batches)
+    weight = sum(batch.weight for batch in batches)
     watch.lap("data")
     loss_fn, seed = watch.listening(trainer.loss_fn), step_seed(config.seed, step)
     again = config.grad_checkpoint
     loss_sum, gradients = accumulate(trainer.model, loss_fn, batches, seed, again)
     watch.lap("backward")
-    loss = loss_sum / num_tokens
-    clipped, norm = clip_by_global_norm(gradients, config.max_grad_norm, num_tokens)
+    loss = loss_sum / weight
+    clipped, norm = clip_by_global_norm(gradients, config.max_grad_norm, weight)
     places = [trainer.data.train[row].where for batch in batches for row in batch.rows]
     require_finite(loss, norm, gradients, step + 1, places)
     del gradients  # clipping writes over arrays that nobody else holds

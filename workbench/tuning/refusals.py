@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from workbench.data.datasets import Dataset
+from workbench.data.examples import all_sides
 from workbench.errors import DataError, NotFiniteError
 from workbench.models.loading import BaseModel, embedding_rows
 from workbench.numerics import not_finite
@@ -19,7 +20,7 @@ def check_rows(data: Dataset, base: BaseModel) -> None:
     """Raise DataError if a row has ids that the embedding lacks, or more tokens than positions."""
     vocab_size = embedding_rows(base.model, base.config)
     positions = getattr(base.config, "max_position_embeddings", None) or math.inf
-    for example in [*data.train, *data.valid]:
+    for example in all_sides([*data.train, *data.valid]):
         outside = example.tokens[(example.tokens < 0) | (example.tokens >= vocab_size)]
         if len(outside):
             raise DataError(

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+import mlx.core as mx
 
 from workbench.data.batches import Batch
 from workbench.probes.memory import read_memory
 from workbench.tuning.config import StepReport
+from workbench.tuning.interrupts import DeferredInterrupt
+from workbench.tuning.losses import mean_measures
 from workbench.tuning.progress import SPIKE_WINDOW, is_spike
 
 if TYPE_CHECKING:
@@ -23,6 +27,7 @@ def make_report(
     loss: float,
     norm: float,
     started: float,
+    extras: Mapping[str, mx.array],
     skipped: bool = False,
 ) -> StepReport:
     """The report of the trainer's step that was just made.
@@ -30,14 +35,14 @@ def make_report(
     Args:
         trainer: which has not yet counted the step.
         batches: the step's micro-batches.
-        loss: mean over the supervised targets, in nats.
+        loss: mean over the supervised targets or the pairs, in nats.
         norm: of the gradients, before clipping.
         started: when, by time.perf_counter.
+        extras: means of what the loss function measures beside the loss, by name.
         skipped: whether no update was made.
     """
     seconds, step = time.perf_counter() - started, trainer.steps_done
     num_input_tokens = sum(batch.tokens[:, 1:].size for batch in batches)
-    recent = [report.loss for report in trainer.reports[-SPIKE_WINDOW:]]
     return StepReport(
         step=step + 1,
         total_steps=trainer.total_steps,
@@ -51,6 +56,23 @@ def make_report(
         step_seconds=seconds,
         tokens_per_second=num_input_tokens / seconds,
         skipped=skipped,
-        spike=is_spike(loss, recent),
+        spike=is_spike(loss, [report.loss for report in trainer.reports[-SPIKE_WINDOW:]]),
+        extras={name: mean.item() for name, mean in extras.items()} or None,
         **dataclasses.asdict(read_memory()),
     )
+
+
+def with_validation(
+    trainer: Trainer, report: StepReport, interrupt: DeferredInterrupt
+) -> StepReport:
+    """The report with the means over the validation rows; as it was, if interrupted on the way."""
+    loss, measures = mean_measures(
+        trainer.model,
+        trainer.data.valid,
+        trainer.config.micro_batch_size,
+        trainer.loss_fn,
+        stop=lambda: interrupt.requested,
+    )
+    named = {f"valid_{name}": value for name, value in measures.items()}
+    extras = {**(report.extras or {}), **named} or None
+    return dataclasses.replace(report, valid_loss=loss, extras=extras)

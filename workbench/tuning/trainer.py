@@ -18,8 +18,10 @@ from workbench.machine import LARGE_BLOCK_BYTES
 from workbench.models.loading import BaseModel
 from workbench.probes.guard import MemoryGuard
 from workbench.probes.memory import cache_limit, reset_peak
-from workbench.runs.store import RunFolder, as_config
+from workbench.runs.store import RunFolder
 from workbench.tuning.config import StepReport, TrainConfig
+from workbench.tuning.dpo import DPOConfig, use_objective
+from workbench.tuning.identity import run_config
 from workbench.tuning.interrupts import DeferredInterrupt, orderly_exit
 from workbench.tuning.losses import LossFunction, chosen_loss, mean_loss
 from workbench.tuning.memory_watch import MemoryWatch
@@ -28,6 +30,7 @@ from workbench.tuning.prefix import use_prefix
 from workbench.tuning.progress import Progress
 from workbench.tuning.prompt_sharing import share_prompts
 from workbench.tuning.refusals import check_rows
+from workbench.tuning.reporting import with_validation
 from workbench.tuning.resuming import RunKeeper
 from workbench.tuning.schedules import learning_rate_at
 from workbench.tuning.update import make_update
@@ -51,6 +54,7 @@ class Trainer:
             go on; None writes nothing.
         loss_fn: (model, batch) → sum of the loss over the batch's supervised targets.
         allow_changes: go on with other settings, data or base model; the run's records say so.
+        objective: what is trained instead of the next token, on data made for it: see `DPOConfig`.
 
     Raises:
         TrainingError: nothing is trainable.
@@ -66,6 +70,7 @@ class Trainer:
         run_dir: str | os.PathLike | None = None,
         loss_fn: LossFunction | None = None,
         allow_changes: bool = False,
+        objective: DPOConfig | None = None,
     ):
         self.base, self.data, self.config = base, data, config or TrainConfig()
         self.model, self.stop_reason = base.model, ""  # why the loop ended early
@@ -84,18 +89,17 @@ class Trainer:
         self.optimizer = make_optimizer(self.config)
         self.optimizer.init(self.model.trainable_parameters())
         self.loss_fn = chosen_loss(self.model, loss_fn, self.config.fused_loss)
+        self.objective = use_objective(self, objective, loss_fn is not None)
         self.guard = MemoryGuard(self.config.memory_limit_bytes)
         self.reports: list[StepReport] = []
         self.progress = Progress()
         self.prompt_sharing = share_prompts(self, loss_fn is not None)  # if there is any, and why
         self.prefix = use_prefix(self, loss_fn is not None)  # whether it is kept, and why
-        self._peak_rate = self.config.learning_rate
-        self._peak_started = False
+        self._peak_rate, self._peak_started = self.config.learning_rate, False
         self._memory = MemoryWatch()
         self.run: RunFolder | None = None
         if run_dir is not None:
-            on_disk = {"model": base.name, "data": data.name, "prefix": str(self.prefix)}
-            self.run = RunFolder(run_dir, as_config(train=self.config, **on_disk))
+            self.run = RunFolder(run_dir, run_config(self))
             self._keeper = RunKeeper(self.run, allow_changes)
             self._keeper.resume(self)
 
@@ -183,22 +187,16 @@ class Trainer:
             report = dataclasses.replace(make_update(self), released_bytes=released)
             try:
                 if self._validates_after(report.step):
-                    report = dataclasses.replace(report, valid_loss=self.validate(interrupt))
+                    report = with_validation(self, report, interrupt)
             finally:  # the update has been made, whatever became of the validation
                 self._record(report)
             if self.run is not None and interrupt.requested:
                 self._keeper.save_if_new(self)
         return report
 
-    def validate(self, interrupt: DeferredInterrupt | None = None) -> float | None:
-        """Mean cross-entropy over the validation targets; None if interrupted on the way."""
-        return mean_loss(
-            self.model,
-            self.data.valid,
-            self.config.micro_batch_size,
-            self.loss_fn,
-            stop=lambda: interrupt is not None and interrupt.requested,
-        )
+    def validate(self) -> float | None:
+        """Mean loss over the validation targets, or pairs; None if there are none."""
+        return mean_loss(self.model, self.data.valid, self.config.micro_batch_size, self.loss_fn)
 
     def save_checkpoint(self) -> Path:
         """Write weights, optimizer state and all else to `checkpoints/` of the run folder.

@@ -18,7 +18,7 @@ from workbench.models.checkpointing import checkpointed_layers
 from workbench.numerics import not_finite
 from workbench.tuning.config import StepReport
 from workbench.tuning.gradients import clip_by_global_norm
-from workbench.tuning.losses import LossFunction
+from workbench.tuning.losses import LossFunction, with_measures
 from workbench.tuning.refusals import require_finite
 from workbench.tuning.reporting import make_report
 
@@ -35,11 +35,11 @@ def make_update(trainer: Trainer) -> StepReport:
     """
     started, step, config = time.perf_counter(), trainer.steps_done, trainer.config
     batches = [collate(trainer.data.train, rows) for rows in trainer.plan.micro_batches(step)]
-    num_tokens = sum(batch.num_tokens for batch in batches)
+    weight, sums = sum(batch.weight for batch in batches), {}
     seed, again = step_seed(config.seed, step), config.grad_checkpoint
-    loss_sum, gradients = accumulate(trainer.model, trainer.loss_fn, batches, seed, again)
-    loss = loss_sum / num_tokens
-    clipped, norm = clip_by_global_norm(gradients, config.max_grad_norm, num_tokens)
+    loss_sum, gradients = accumulate(trainer.model, trainer.loss_fn, batches, seed, again, sums)
+    loss, extras = loss_sum / weight, {name: value / weight for name, value in sums.items()}
+    clipped, norm = clip_by_global_norm(gradients, config.max_grad_norm, weight)
     places = [trainer.data.train[row].where for batch in batches for row in batch.rows]
     try:
         require_finite(loss, norm, gradients, step + 1, places)
@@ -48,11 +48,13 @@ def make_update(trainer: Trainer) -> StepReport:
         if not skips or trainer.progress.bad_steps >= config.max_bad_steps:
             raise
         trainer.progress.bad_steps += 1
-        return make_report(trainer, batches, loss.item(), norm.item(), started, skipped=True)
+        return make_report(
+            trainer, batches, loss.item(), norm.item(), started, extras, skipped=True
+        )
     del gradients  # clipping writes over arrays that nobody else holds
     rate = trainer.learning_rate(step)
     apply_update(trainer.model, trainer.optimizer, clipped, loss, rate, step + 1)
-    return make_report(trainer, batches, loss.item(), norm.item(), started)
+    return make_report(trainer, batches, loss.item(), norm.item(), started, extras)
 
 
 def accumulate(
@@ -61,29 +63,32 @@ def accumulate(
     batches: Sequence[Batch],
     seed: int,
     grad_checkpoint: bool = False,
+    sums: dict[str, mx.array] | None = None,
 ) -> tuple[mx.array, dict]:
     """Sums of loss and gradients over micro-batches; each is evaluated before the next.
 
     Args:
         model: in training mode for the length of the call.
-        loss_fn: (model, batch) → sum of the loss over the batch's supervised targets.
+        loss_fn: see `LossFunction`.
         batches: the micro-batches of one step.
         seed: of dropout.
         grad_checkpoint: keep each layer's input only, and compute the layer again.
+        sums: takes in what the loss function measures beside the loss, by name.
     """
     layers = checkpointed_layers(model) if grad_checkpoint else contextlib.nullcontext()
     # As an argument, the model would get a new Python object for every array at every call.
-    loss_and_grad = nn.value_and_grad(model, lambda batch: loss_fn(model, batch))
+    loss_and_grad = nn.value_and_grad(model, lambda batch: with_measures(loss_fn(model, batch)))
     mx.random.seed(seed)
     model.train()
-    total, gradients = mx.array(0.0), None
+    total, gradients, sums = mx.array(0.0), None, {} if sums is None else sums
     try:
         with layers:
             for batch in batches:
-                loss, new = loss_and_grad(batch)
+                (loss, measures), new = loss_and_grad(batch)
                 gradients = new if gradients is None else tree_map(mx.add, gradients, new)
                 total = total + loss
-                mx.eval(total, gradients)
+                sums.update({k: sums.get(k, 0.0) + value for k, value in measures.items()})
+                mx.eval(total, gradients, sums)
     finally:
         model.eval()
     return total, gradients
