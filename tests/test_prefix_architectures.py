@@ -14,6 +14,7 @@ from workbench.data.batches import collate
 from workbench.data.datasets import Dataset
 from workbench.errors import ConfigError, FallbackWarning
 from workbench.models.partial_runs import begun_at, entering, paths_above, try_beginning_at
+from workbench.models.stand_ins import intercepted
 from workbench.models.structure import find_layers
 from workbench.probes.parameters import fingerprint
 from workbench.tuning.config import TrainConfig
@@ -168,6 +169,33 @@ def test_layers_that_are_not_called_in_turn_are_refused(order):
     model.freeze()
     model.layers[2].unfreeze()
     assert first_layer(model) == (0, "its layers are not called one after another, each once")
+
+
+class Normed(Told):
+    """A network whose norm is used before the layers and after them."""
+
+    def __call__(self, tokens):
+        x = self.norm(self.embed(tokens))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.last(self.norm(x)))
+
+
+def test_a_module_that_is_used_before_and_after_the_layers_is_below_them():
+    model = Told()
+    model.norm, model.last = nn.RMSNorm(8), nn.RMSNorm(8)
+    model.__class__ = Normed
+    assert paths_above(model) == ("last", "head")
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_the_layers_below_do_not_run_and_those_above_do(first):
+    model, ran = Told(), []
+    states = entering(model, first, ROWS[0].tokens[None])
+    calls = {f"layers.{n}": lambda layer, x, n=n: ran.append(n) or layer(x) for n in range(3)}
+    with intercepted(model, calls), begun_at(model, first, states) as begun:
+        begun(mx.array(ROWS[0].tokens[None]))
+    assert ran == list(range(first, 3))
 
 
 class Remembering(nn.Linear):
