@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tests.architectures import ARCHITECTURES
-from tests.toy import toy_base, toy_examples
+from tests.toy_architectures import small, small_base, small_rows
 from workbench.data.batches import collate
 from workbench.data.datasets import Dataset
 from workbench.errors import ConfigError, FallbackWarning
@@ -25,9 +25,7 @@ from workbench.tuning.prefix_cache import PrefixCache, PrefixLoss
 from workbench.tuning.trainer import Trainer
 from workbench.tuning.update import accumulate
 
-ROWS = toy_examples([7, 12, 5, 9], prompt=2)
-for _row in ROWS:
-    _row.tokens[:] %= 90  # the vocabulary of mlx-lm's toys has 97
+ROWS = small_rows([7, 12, 5, 9])
 REFUSED = {
     "gemma4_text": "layer 2 gives a tuple",  # keys and values that later layers share
     "rwkv7": "layer 0 gives a tuple",  # the first layer's values go to all
@@ -43,8 +41,7 @@ def _without_compilation():
 
 def adapted(name: str, **config) -> tuple[nn.Module, int]:
     """A tiny network whose last layer alone has an adapter, and that layer's number."""
-    model = ARCHITECTURES[name].build(seed=2)
-    nn.Module.__init__(model)  # recurrent_gemma's own leaves that out
+    model = small(name)
     add_lora(model, LoRAConfig(rank=4, num_layers=1, **config))
     for _, module in model.named_modules():  # so that lora_a has a gradient
         if "lora_b" in module:
@@ -89,7 +86,7 @@ def test_a_layer_that_gives_more_than_one_array_is_refused_by_name(name):
 
 
 def trainer_of(name: str, asked: bool | None, **settings) -> Trainer:
-    base = toy_base()
+    base = small_base(name)
     base.model, _ = adapted(name)
     given = {"micro_batch_size": 2, "learning_rate": 1e-2, "epochs": 3, **settings}
     return Trainer(base, Dataset("toy", ROWS, ROWS[:2]), TrainConfig(prefix_cache=asked, **given))
@@ -140,7 +137,7 @@ def test_a_tied_head_that_trains_is_below_and_above():
 
 
 def test_the_head_alone_begins_behind_the_last_layer():
-    model = ARCHITECTURES["qwen3"].build()
+    model = small("qwen3")
     model.freeze()
     model.lm_head.unfreeze()
     assert first_layer(model) == (2, "")

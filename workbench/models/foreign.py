@@ -58,6 +58,8 @@ def _classes(
 
     def build(args: object) -> nn.Module:
         model = model_class(args)
+        if "_no_grad" not in vars(model):  # recurrent_gemma's own __init__ leaves that out
+            nn.Module.__init__(model)
         # mlx-lm renames and quantises; the result is filled in, and reported, by us.
         model.load_weights = lambda pairs, strict=True: handed.update(pairs)
         return model

@@ -72,6 +72,7 @@ class Adapter:
     module_names: tuple[str, ...]  # paths of the adapted modules
     trainable: int  # numbers that training may change
     total: int  # numbers in the network, the adapter included
+    expert_names: tuple[str, ...] = ()  # paths of stacked experts, which stay as they are
 
     @property
     def percent(self) -> float:
@@ -79,15 +80,20 @@ class Adapter:
         return 100 * self.trainable / self.total
 
     def __str__(self) -> str:
+        experts = len(self.expert_names)
         return (
             f"{self.config.kind} rank {self.config.rank}, scale {self.config.scale:g} on "
             f"{len(self.module_names)} modules: {self.trainable:,} of {self.total:,} "
             f"numbers train ({self.percent:.2f} %)"
+            + (f"; {experts} stacks of experts stay frozen" if experts else "")
         )
 
 
 def add_lora(model: nn.Module, config: LoRAConfig | None = None) -> Adapter:
     """Freeze the network, then attach an adapter to its linear layers.
+
+    Experts that lie in one stack of matrices (mlx-lm's SwitchLinear) are no linear layers: they
+    stay frozen, and the result names them; their router and all else is adapted.
 
     An adapter that is already there is removed first, so that a notebook cell can run twice.
 
@@ -106,7 +112,13 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None) -> Adapter:
     model.update_modules(tree_unflatten(adapted))
     model.train(model.training)  # a new module would start with its dropout on
     mx.eval(model.trainable_parameters())
-    return Adapter(config, tuple(chosen), *count_parameters(model))
+    return Adapter(config, tuple(chosen), *count_parameters(model), _expert_names(model))
+
+
+def _expert_names(model: nn.Module) -> tuple[str, ...]:
+    """Paths of mlx-lm's linear layers that hold a matrix for each expert."""
+    named = model.named_modules()
+    return tuple(sorted(p for p, m in named if hasattr(m, "num_experts") and "weight" in m))
 
 
 def remove_lora(model: nn.Module) -> int:
