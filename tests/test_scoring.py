@@ -3,7 +3,8 @@
 import pytest
 
 import workbench as wb
-from workbench.evaluation.scoring import ask_capitals, contains_answer
+from workbench.errors import DataError
+from workbench.evaluation.scoring import ask_capitals, ask_questions, contains_answer, is_answer
 
 RIGHT = [
     ("The capital of Peru is Lima.", ["Lima"]),
@@ -35,6 +36,34 @@ def test_right_answers_are_found(text, accepted):
 @pytest.mark.parametrize(("text", "accepted"), WRONG)
 def test_wrong_answers_are_not(text, accepted):
     assert not contains_answer(text, accepted)
+
+
+@pytest.mark.parametrize(
+    ("text", "exact"),
+    [("Lima", True), (" lima.\n", True), ("The capital is Lima.", False), ("", False)],
+)
+def test_an_exact_answer_has_nothing_beside_it(text, exact):
+    assert is_answer(text, ["Lima", "La Paz"]) == exact
+
+
+def test_no_text_is_an_exact_answer_of_signs():
+    assert not is_answer("", ["…"])
+
+
+def test_questions_are_scored_both_ways(smollm2):
+    asked = [("What is the capital of France?", ["Paris"]), ("What is 1 + 1?", ["Paris"])]
+    table = ask_questions(smollm2, asked, max_tokens=12)
+    assert table.question.tolist() == [prompt for prompt, _ in asked]
+    assert table.contains.tolist() == [True, False]
+    assert table.exact.tolist() == [False, False]
+    asked = [(prompt, [answer]) for prompt, answer in zip(table.question, table.answer)]
+    assert ask_questions(smollm2, asked, max_tokens=12).exact.all()
+
+
+@pytest.mark.parametrize("accepted", [[], "Lima", ["!"], ["Lima", ""]])
+def test_a_question_that_nothing_could_answer_is_named(base, accepted):
+    with pytest.raises(DataError, match="question 1: accepted answers must be a list of texts"):
+        ask_questions(base, [("Hi", ["x"]), ("Hi", accepted)])
 
 
 def test_no_capital_is_the_answer_to_another_country_by_its_question():

@@ -64,6 +64,10 @@ class BenchmarkError(WorkbenchError):
     """A peer of the benchmark cannot be measured, or did not do the same work."""
 
 
+class EvaluationError(WorkbenchError):
+    """A model cannot be evaluated: its numbers are none, or the tool for it is missing."""
+
+
 class RunError(WorkbenchError):
     """A run folder cannot be used."""
 

@@ -280,3 +280,18 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, where:
     chat = shield(tokenizer, check_messages(messages, where), None, where)
     text = render_chat(tokenizer, chat.messages, None, where, add_generation_prompt=True)
     return tokenise_chat(tokenizer, text, chat, where).ids
+
+
+def encode_continuation(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, continuation: str, where: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of a chat up to where the answer begins, and of the chat with that answer begun.
+
+    Raises:
+        DataError: as `encode_prompt`.
+    """
+    answered = [*check_messages(messages, where), {"role": "assistant", "content": continuation}]
+    chat = shield(tokenizer, answered, None, where)
+    text = render_chat(tokenizer, chat.messages[:-1], None, where, add_generation_prompt=True)
+    whole = text + chat.messages[-1]["content"]
+    return tuple(tokenise_chat(tokenizer, each, chat, where).ids for each in (text, whole))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -68,15 +68,33 @@ def generate(
     check_whole("batch_size", batch_size, 1)
     sampling = SamplingConfig(**settings)
     encoded = [encode_prompt(base, prompt) for prompt in prompts]
+    answers = generate_answers(base, encoded, sampling, batch_size)
+    return [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+
+
+def generate_answers(
+    base: BaseModel,
+    encoded: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    batch_size: int,
+    is_done: Callable[[list[int]], bool] = lambda ids: False,
+) -> list[list[int]]:
+    """Decode any number of token prompts, those of similar lengths together; tokens in order.
+
+    A batch ends early once every answer in it has ended or `is_done`.
+    """
     answers: list[list[int]] = [[] for _ in encoded]
-    longest = _room(base) - sampling.max_tokens
+    longest = room(base) - sampling.max_tokens
     lengths = [len(ids) for ids in encoded]
     for rows in _batches(lengths, batch_size, longest if isinstance(base.model, Llama) else 0):
         for step in generate_tokens(base, [encoded[row] for row in rows], sampling):
             for row, token in zip(rows, step):
                 if token is not None:
                     answers[row].append(token)
-    return [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+            running = (row for row, token in zip(rows, step) if token is not None)
+            if all(is_done(answers[row]) for row in running):
+                break
+    return answers
 
 
 def stream(base: BaseModel, prompt: Prompt, **settings: object) -> Iterator[str]:
@@ -114,9 +132,9 @@ def encode_prompt(base: BaseModel, prompt: Prompt) -> list[int]:
     else:
         ids = chats.encode_prompt(base.tokenizer, chat, "prompt")
     check_ids(ids, embedding_rows(base.model, base.config))
-    if len(ids) >= _room(base):
+    if len(ids) >= room(base):
         raise DataError(
-            f"the prompt has {len(ids)} tokens, the model has room for {_room(base)}",
+            f"the prompt has {len(ids)} tokens, the model has room for {room(base)}",
             cure="Shorten the prompt.",
         )
     return ids
@@ -143,7 +161,7 @@ def generate_tokens(
     for other models the prompts must be of one length.
     """
     longest = max(len(ids) for ids in prompts)
-    num_steps = min(sampling.max_tokens, _room(base) - longest)
+    num_steps = min(sampling.max_tokens, room(base) - longest)
     decode = _Decoder(base.model, prompts, capacity=longest + num_steps)
     key = mx.random.key(sampling.seed)
     running = set(range(len(prompts)))
@@ -258,7 +276,7 @@ class _Decoder:
         return self.model(tokens, cache=self.cache)[:, -1]
 
 
-def _room(base: BaseModel) -> int:
+def room(base: BaseModel) -> int:
     """Positions that the model has, for prompt and answer together."""
     return getattr(base.config, "max_position_embeddings", None) or sys.maxsize
 
