@@ -56,10 +56,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a data set's split, or of tokenised rows.
 
-    The loss is that of `tuning.losses.mean_loss`. Tokens of one row are not independent, so its
-    standard error is that of a ratio of two sums over rows (Cochran 1977, Sampling Techniques,
-    section 6.3): sqrt(R / (R - 1) · Σ (sum_r - loss · n_r)²) / N, with R rows of n_r targets, N in
-    all, and sum_r the cross-entropy of row r.
+    The loss is that of `tuning.losses.mean_loss`; its standard error lets tokens of one row depend
+    on one another.
 
     Args:
         base: a loaded model.
@@ -77,14 +75,7 @@ def perplexity(
         EvaluationError: the network gives NaN.
     """
     examples = _rows(data, split)
-    longest = room(base)
-    if max_positions is not None:
-        check_whole("max_positions", max_positions, 2)
-        longest = min(longest, max_positions)
-    stride = longest // 2 if stride is None else stride
-    check_whole("stride", stride, 1)
-    if stride > longest:
-        raise ConfigError(f"stride {stride} exceeds the window of {longest} tokens")
+    longest, stride = _window(room(base), max_positions, stride)
     parts = [(row, w) for row, e in enumerate(examples) for w in windows(e, longest, stride)]
     sums, counts = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
     scores = score_rows(base, [window for _, window in parts], batch_size)
@@ -132,7 +123,25 @@ def _rows(data: Dataset | Sequence[Example], split: str) -> Sequence[Example]:
     return data
 
 
+def _window(positions: int, max_positions: int | None, stride: int | None) -> tuple[int, int]:
+    """Length and stride of the windows, in tokens."""
+    longest = positions
+    if max_positions is not None:
+        check_whole("max_positions", max_positions, 2)
+        longest = min(longest, max_positions)
+    stride = longest // 2 if stride is None else stride
+    check_whole("stride", stride, 1)
+    if stride > longest:
+        raise ConfigError(f"stride {stride} exceeds the window of {longest} tokens")
+    return longest, stride
+
+
 def _summary(sums: np.ndarray, counts: np.ndarray) -> Perplexity:
+    """The standard error of a ratio of sums over R rows (Cochran 1977, Sampling Techniques, 6.3).
+
+    sqrt(R / (R - 1) · Σ (sum_r - loss · n_r)²) / N: row r has the cross-entropy sum_r over its n_r
+    targets, N in all.
+    """
     num_tokens = int(counts.sum())
     loss = float(sums.sum() / num_tokens)
     rows, error = int((counts > 0).sum()), None
