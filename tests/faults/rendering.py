@@ -11,6 +11,9 @@ import pandas as pd
 
 from tests.toy import toy_dataset, toy_model
 from workbench.backend import Backend
+from workbench.evaluation.report import BehaviourReport, RowResult
+from workbench.evaluation.suite_rows import FreeRow, Phrase
+from workbench.evaluation.suites import Suite
 from workbench.live import answers, figures, gradients, memory, slicing, tiles, weights
 from workbench.live.history import History
 from workbench.live.samples import Sample, samples_html
@@ -70,7 +73,25 @@ def heading(text: str) -> str:
     return tiles.heading_html(tiles.Status(f"Failed: {text}", 1, 2, 3.0, note=text), History())
 
 
-HTML = (load_report, check_report, alive_report, data_set, backend, memory_plan, samples, heading)
+def behaviour_report(text: str) -> str:
+    """Scores by suite; the page with the answers is looked at in test_behaviour."""
+    result = RowResult(text, text, text, text, text, 1.0, text, text, 0.5, text)
+    row = FreeRow(text, text, text, indicators=(Phrase((text,)),))
+    suites = (Suite(text, (row,), text, 0.5),)
+    return BehaviourReport(text, text, suites, (result,), 0.5, 0.0)._repr_html_()
+
+
+HTML = (
+    load_report,
+    check_report,
+    alive_report,
+    data_set,
+    backend,
+    memory_plan,
+    samples,
+    heading,
+    behaviour_report,
+)
 
 
 def accuracy(text: str) -> bytes:

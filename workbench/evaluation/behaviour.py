@@ -29,8 +29,8 @@ def evaluate_suites(
 ) -> BehaviourReport:
     """Let a model answer every row of some suites, greedily, and score what it writes.
 
-    Adapters live above this room, so that what switches one off comes as a parameter;
-    `tuning.comparison.run_suites` brings the network's own.
+    What switches an adapter off comes as a parameter: adapters live above this room. See
+    `tuning.comparison.run_suites`.
 
     Args:
         base: a loaded model.
@@ -48,12 +48,11 @@ def evaluate_suites(
     suites = read_suites(source) if isinstance(source, str | os.PathLike) else list(source)
     rows = _rows(suites)
     compared = baseline if isinstance(baseline, BaseModel) else base
-    for model in {id(model): model for model in (base, compared)}.values():
+    for model in (base, compared):
         _check_prompts(model, [row for _, row in rows])
-    started = time.time()
+    started, label = time.time(), None
     answers = _answers(base, rows, batch_size)
     before: list[Answer | None] = [None] * len(rows)
-    label = None
     if baseline is not None:
         with contextlib.nullcontext() if compared is baseline else baseline():
             before = _answers(compared, rows, batch_size)

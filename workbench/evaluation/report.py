@@ -130,9 +130,7 @@ class BehaviourReport:
             "baseline": self.baseline,
             "passed": self.passed,
             "pooled": _scores_dict(self.pooled),
-            "suites": [
-                {**_scores_dict(s), "description": suite.description} for suite, s in described
-            ],
+            "suites": described,
             "rows": [dataclasses.asdict(result) for result in self.results],
         }
 
