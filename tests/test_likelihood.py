@@ -33,7 +33,7 @@ def log_softmax(logits):
 def by_hand(model, tokens, num_prompt):
     """(sum of log-probabilities, whether greedy), one row without padding."""
     tokens = [int(token) for token in tokens]
-    log_probs = log_softmax(model(mx.array([tokens]))[0])
+    log_probs = log_softmax(model(mx.array([tokens[:-1]]))[0])
     places = range(num_prompt - 1, len(tokens) - 1)
     total = sum(log_probs[t, tokens[t + 1]] for t in places)
     return total, all(log_probs[t].argmax() == tokens[t + 1] for t in places)

@@ -23,7 +23,7 @@ table { border-collapse: collapse; width: 100%; }
 th { text-align: left; font-weight: 600; color: var(--quiet); }
 th, td { padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); }
 th, td { vertical-align: top; }
-td.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+td.text { white-space: pre-wrap; overflow-wrap: anywhere; width: 30%; }
 td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
 summary { cursor: pointer; font-weight: 600; } details { margin: .8rem 0; }
 """
@@ -99,8 +99,8 @@ def _share(value: float, low: float, high: float) -> str:
 def _bar(value: float, low: float, high: float, color: str) -> str:
     filled = f"height:9px;width:{WIDTH * value:.0f}px;background:{color}"
     interval = (
-        f"position:absolute;top:4px;height:1px;left:{WIDTH * low:.0f}px;"
-        f"width:{WIDTH * (high - low):.0f}px;background:{INK}"
+        f"position:absolute;top:3px;height:3px;left:{WIDTH * low:.0f}px;"
+        f"width:{WIDTH * (high - low):.0f}px;background:currentColor;opacity:0.55"
     )
     return (
         f"<div style='position:relative;width:{WIDTH}px;height:9px;margin:3px 0;"
