@@ -123,7 +123,10 @@ ROWS = [
 def tasks(folder):
     """A task of each kind, from a local file."""
     data = str(write_jsonl(folder / "rows.jsonl", ROWS))
-    common = {**TASK, "dataset_kwargs": {"data_files": {"test": data}}}
+    common = {
+        **TASK,
+        "dataset_kwargs": {"data_files": {"test": data}, "cache_dir": str(folder / "cache")},
+    }
     question = "Question: {{q}}\nAnswer:"
     choice = {
         **common,
@@ -174,6 +177,7 @@ def told(found):
 
 
 @needs_harness
+@pytest.mark.long
 def test_the_real_harness_runs_its_tasks_on_a_toy(tmp_path, monkeypatch):
     base = toy_base()
     found = evaluated(harness_model(base), tmp_path, monkeypatch)
@@ -209,7 +213,8 @@ def test_the_real_model_gets_the_harness_own_numbers(smollm2, tmp_path, monkeypa
     for task, results in expected["results"].items():
         for name, value in results.items():
             if isinstance(value, float):
-                assert found["results"][task][name] == pytest.approx(value, rel=1e-4), (task, name)
+                # Logits of the two differ by up to 6e-5 each; a perplexity adds up many.
+                assert found["results"][task][name] == pytest.approx(value, rel=1e-3), (task, name)
 
 
 def compare(ours, theirs):

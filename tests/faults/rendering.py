@@ -14,7 +14,7 @@ from workbench.backend import Backend
 from workbench.evaluation.report import BehaviourReport, RowResult
 from workbench.evaluation.suite_rows import FreeRow, Phrase
 from workbench.evaluation.suites import Suite
-from workbench.live import answers, figures, gradients, memory, slicing, tiles, weights
+from workbench.live import answers, behaviour, figures, gradients, memory, slicing, tiles, weights
 from workbench.live.history import History
 from workbench.live.samples import Sample, samples_html
 from workbench.models.report import LoadReport, TensorRecord
@@ -73,12 +73,17 @@ def heading(text: str) -> str:
     return tiles.heading_html(tiles.Status(f"Failed: {text}", 1, 2, 3.0, note=text), History())
 
 
-def behaviour_report(text: str) -> str:
-    """Scores by suite; the page with the answers is looked at in test_behaviour."""
+def made_report(text: str) -> BehaviourReport:
+    """Scores of one suite."""
     result = RowResult(text, text, text, text, text, 1.0, text, text, 0.5, text)
     row = FreeRow(text, text, text, indicators=(Phrase((text,)),))
     suites = (Suite(text, (row,), text, 0.5),)
-    return BehaviourReport(text, text, suites, (result,), 0.5, 0.0)._repr_html_()
+    return BehaviourReport(text, text, suites, (result,), 0.5, 0.0)
+
+
+def behaviour_report(text: str) -> str:
+    """Scores by suite; the page with the answers is looked at in test_behaviour."""
+    return made_report(text)._repr_html_()
 
 
 HTML = (
@@ -164,6 +169,11 @@ def model_bytes(text: str) -> bytes:
     return weights.draw_bytes(table)
 
 
+def suites(text: str) -> bytes:
+    """Scores by suite."""
+    return behaviour.draw_suites(made_report(text))
+
+
 def title(text: str) -> bytes:
     """The parts that all pictures share."""
     figure = figures.new_figure(4, 2)
@@ -188,6 +198,7 @@ PICTURES = (
     slopes,
     gradient_map,
     model_bytes,
+    suites,
     title,
 )
 
