@@ -11,7 +11,8 @@ from workbench.evaluation.behaviour import evaluate_suites
 from workbench.evaluation.report import BehaviourReport
 from workbench.evaluation.suites import Suite
 from workbench.models.loading import BaseModel
-from workbench.tuning.lora import LoRALinear, adapter_disabled
+from workbench.tuning.lora import adapter_disabled
+from workbench.tuning.lora_layers import LoRALinear
 
 
 def run_suites(
