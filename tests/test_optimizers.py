@@ -49,6 +49,16 @@ def test_three_updates_are_those_of_mlx(name):
         assert mx.allclose(array, expected[path], rtol=1e-6, atol=1e-7), path
 
 
+@pytest.mark.parametrize(("name", "theirs"), [("adam", optim.Adam), ("adamw", optim.AdamW)])
+def test_without_bias_correction_it_is_mlx_without_it(name, theirs):
+    expected = updated(theirs(0.1))
+    corrected = updated(make_optimizer(TrainConfig(optimizer=name)))
+    config = TrainConfig(optimizer=name, bias_correction=False)
+    for path, array in updated(make_optimizer(config)).items():
+        assert mx.allclose(array, expected[path], rtol=1e-6, atol=1e-7), path
+        assert not mx.allclose(array, corrected[path], rtol=1e-3), path
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_lora_plus_is_a_faster_rate_for_lora_b_alone(name):
     plus = updated(make_optimizer(TrainConfig(optimizer=name, lora_plus_ratio=4.0)))
@@ -117,6 +127,8 @@ def test_a_run_learns_and_goes_on_where_it_was(tmp_path, name, ratio):
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
         ({"lion_betas": (0.9,)}, "lion_betas must be two numbers"),
         ({"decay_steps": 0}, "decay_steps must be a whole number from 1"),
+        ({"warmup_from": -1}, "warmup_from must be a number, finite, from 0"),
+        ({"bias_correction": 1}, "bias_correction must be True or False"),
         ({"decay_power": -1}, "decay_power must be a number, finite, from 0"),
     ],
 )

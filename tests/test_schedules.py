@@ -88,3 +88,26 @@ def test_polynomial_follows_its_power(power):
 def test_a_power_of_one_is_a_straight_line():
     steps = range(25)
     assert [rate(s, "polynomial") for s in steps] == [rate(s, "linear") for s in steps]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial"])
+def test_a_descent_may_end_before_the_run_or_after_it(schedule):
+    short = [rate(step, schedule, decay_steps=8) for step in range(20)]
+    assert short == [rate(step, schedule, total_steps=12) for step in range(20)]
+    assert short[12:] == pytest.approx([0.1] * 8)
+    long = [rate(step, schedule, decay_steps=36) for step in range(20)]
+    assert long == [rate(step, schedule, total_steps=40) for step in range(20)]
+    assert long[-1] > 0.5
+
+
+@pytest.mark.parametrize("first", [0.0, 0.1, 0.25])
+def test_warm_up_from_a_given_rate_is_a_straight_line_to_the_peak(first):
+    rates = [rate(step, warmup_steps=4, warmup_from=first) for step in range(5)]
+    assert rates[0] == first
+    assert rates[3:] == [1.0, 1.0]
+    assert rates[:4] == pytest.approx([first + (1 - first) * step / 3 for step in range(4)])
+
+
+def test_warm_up_never_begins_above_the_peak():
+    assert rate(0, warmup_from=3.0) == 1.0
+    assert rate(0, warmup_steps=0, warmup_from=0.5) == 1.0

@@ -54,13 +54,15 @@ class TrainConfig:
     min_learning_rate: float = 0.0  # at the end
     schedule: str = "cosine"  # or constant, linear, polynomial, wsd (see learning_rate_at)
     warmup_steps: int = 0  # optimizer updates
-    decay_steps: int | None = None  # optimizer updates, of wsd; None: a tenth of all
+    warmup_from: float | None = None  # rate of the first update; None: the largest / warmup_steps
+    decay_steps: int | None = None  # optimizer updates that come down; None: all; wsd: a tenth
     decay_power: float = 1.0  # of polynomial
     optimizer: str = "adamw"  # or adam, sgd, lion, adafactor, muon (see make_optimizer)
     max_grad_norm: float = 1.0  # global L2 norm; 0 turns clipping off
     weight_decay: float = 0.01  # decoupled in adamw and lion, part of the gradient elsewhere
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_epsilon: float = 1e-8
+    bias_correction: bool = True  # of the first steps of adam and adamw
     lion_betas: tuple[float, float] = (0.9, 0.99)
     momentum: float = 0.9  # of sgd and muon
     lora_plus_ratio: float = 1.0  # learning rate of every lora_b, as a multiple (LoRA+)
@@ -90,8 +92,11 @@ class TrainConfig:
             check_number(name, getattr(self, name), smallest)
         if not self.lora_plus_ratio:
             raise ConfigError("lora_plus_ratio must be above 0, or no lora_b learns")
-        if not isinstance(self.grad_checkpoint, bool):
-            raise ConfigError(f"grad_checkpoint must be True or False: {self.grad_checkpoint!r}")
+        if self.warmup_from is not None:
+            check_number("warmup_from", self.warmup_from, 0)
+        for name in ("grad_checkpoint", "bias_correction"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False: {getattr(self, name)!r}")
         for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in known:
                 what = f"unknown {name} {getattr(self, name)!r}"

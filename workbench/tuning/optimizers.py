@@ -59,9 +59,9 @@ def make_optimizer(config: TrainConfig) -> optim.Optimizer:
     """The optimizer of a configuration; its learning rate is set anew at every step.
 
     adamw: Loshchilov and Hutter 2019, adam: Kingma and Ba 2015, both with the correction of their
-    first steps; sgd with momentum; lion: Chen et al. 2023; adafactor: Shazeer and Stern 2018, at
-    the given rate; muon: Jordan et al. 2024, for matrices, with AdamW for all else (vectors,
-    embeddings, the head).
+    first steps unless that is switched off; sgd with momentum; lion: Chen et al. 2023; adafactor:
+    Shazeer and Stern 2018, at the given rate; muon: Jordan et al. 2024, for matrices, with AdamW
+    for all else (vectors, embeddings, the head).
 
     With a `lora_plus_ratio` other than 1 every lora_b learns faster by it (Hayou et al. 2024).
     """
@@ -95,7 +95,8 @@ def _plain(config: TrainConfig) -> optim.Optimizer:
         return _adamw(config)
     if config.optimizer == "adam":
         betas, epsilon = list(config.adam_betas), config.adam_epsilon
-        return BlockwiseAdam(0.0, betas=betas, eps=epsilon, bias_correction=True)
+        corrects = config.bias_correction
+        return BlockwiseAdam(0.0, betas=betas, eps=epsilon, bias_correction=corrects)
     if config.optimizer == "sgd":
         return BlockwiseSGD(0.0, momentum=momentum, weight_decay=decay)
     if config.optimizer == "lion":
@@ -109,7 +110,7 @@ def _adamw(config: TrainConfig) -> optim.Optimizer:
         betas=list(config.adam_betas),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
-        bias_correction=True,
+        bias_correction=config.bias_correction,
     )
 
 

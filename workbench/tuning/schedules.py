@@ -19,6 +19,7 @@ def learning_rate_at(
     total_steps: int,
     power: float = 1.0,
     decay_steps: int | None = None,
+    warmup_from: float | None = None,
 ) -> float:
     """Learning rate of a step, counted from 0.
 
@@ -35,19 +36,26 @@ def learning_rate_at(
         warmup_steps: updates before the peak.
         total_steps: updates in all.
         power: of `polynomial`.
-        decay_steps: updates of `wsd` that come down; None: a tenth of all, one at least.
+        decay_steps: updates that come down, right after the warm-up; of `wsd` the last ones. None:
+            all that there are; of `wsd` a tenth, one at least.
+        warmup_from: the rate of the first update, the peak at most, if there is a warm-up; None:
+            peak / warmup_steps.
     """
     if schedule not in SCHEDULES:
         raise ConfigError(f"unknown schedule {schedule!r}", cure=f"Use one of {SCHEDULES}.")
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        if warmup_from is None:
+            return peak * (step + 1) / warmup_steps
+        first = min(warmup_from, peak)
+        return first + (peak - first) * step / max(1, warmup_steps - 1)
     if schedule == "constant":
         return peak
     start = warmup_steps
     if schedule == "wsd":
         decay_steps = max(1, total_steps // 10) if decay_steps is None else decay_steps
         start = max(start, total_steps - decay_steps)
-    progress = min(1.0, max(0, step - start) / max(1, total_steps - start))
+    length = total_steps - start if decay_steps is None or schedule == "wsd" else decay_steps
+    progress = min(1.0, max(0, step - start) / max(1, length))
     return floor + (peak - floor) * _share_left(progress, schedule, power)
 
 

@@ -142,6 +142,7 @@ class Trainer:
             total_steps=self.total_steps,
             power=self.config.decay_power,
             decay_steps=self.config.decay_steps,
+            warmup_from=self.config.warmup_from,
         )
 
     def stop(self, reason: str = "stopped by request") -> None:
