@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -113,6 +114,13 @@ class TrainConfig:
             if not _are_betas(getattr(self, name)):
                 got = getattr(self, name)
                 raise ConfigError(f"{name} must be two numbers in [0, 1), got {got!r}")
+
+    @classmethod
+    def from_mlx_lm(cls, path: str | os.PathLike) -> TrainConfig:
+        """The training part of a YAML of `mlx_lm.lora`; see `read_mlx_lm_yaml` for all of it."""
+        from workbench.tuning.mlx_lm_yaml import read_mlx_lm_yaml  # which makes these
+
+        return read_mlx_lm_yaml(path).train
 
 
 def _are_betas(betas: object) -> bool:

@@ -23,38 +23,31 @@ def learning_rate_at(
 ) -> float:
     """Learning rate of a step, counted from 0.
 
-    Linear warm-up: peak · (step + 1) / warmup_steps, so that the first step already moves. Then
-    constant, or down towards the floor: in a straight line, along a half cosine (Loshchilov and
-    Hutter 2017, SGDR, equation 5), as (1 - progress) ** power, or, for `wsd` (Hu et al. 2024,
-    MiniCPM, section 4), constant until the last `decay_steps`, then straight down. The floor is
-    what a step after the last would have: with a floor of zero, no step is spent in vain.
+    Linear warm-up: peak · (step + 1) / warmup_steps, so that the first step already moves, or from
+    `warmup_from`. Then constant, or down towards the floor: in a straight line, along a half
+    cosine (Loshchilov and Hutter 2017, SGDR, equation 5), as (1 - progress) ** power, or, for
+    `wsd` (Hu et al. 2024, MiniCPM, section 4), constant until the last `decay_steps`, then
+    straight down. The floor is what a step after the last would have: no step is spent in vain.
 
     Args:
         schedule: one of `SCHEDULES`.
-        peak: the largest rate.
-        floor: the rate at the end, unless `constant`.
-        warmup_steps: updates before the peak.
-        total_steps: updates in all.
+        peak, floor: the largest rate, and that at the end (unless `constant`).
+        warmup_steps, total_steps: updates before the peak, and in all.
         power: of `polynomial`.
-        decay_steps: updates that come down, right after the warm-up; of `wsd` the last ones. None:
-            all that there are; of `wsd` a tenth, one at least.
-        warmup_from: the rate of the first update, the peak at most, if there is a warm-up; None:
-            peak / warmup_steps.
+        decay_steps: updates that come down, after the warm-up, or for `wsd` the last ones; None:
+            all there are; for `wsd` a tenth of all, one at least.
+        warmup_from: rate of the first update, the peak at most.
     """
     if schedule not in SCHEDULES:
         raise ConfigError(f"unknown schedule {schedule!r}", cure=f"Use one of {SCHEDULES}.")
     if step < warmup_steps:
-        if warmup_from is None:
-            return peak * (step + 1) / warmup_steps
-        first = min(warmup_from, peak)
-        return first + (peak - first) * step / max(1, warmup_steps - 1)
+        return _warming(step, peak, warmup_steps, warmup_from)
     if schedule == "constant":
         return peak
-    start = warmup_steps
+    start, length = warmup_steps, decay_steps or total_steps - warmup_steps
     if schedule == "wsd":
-        decay_steps = max(1, total_steps // 10) if decay_steps is None else decay_steps
-        start = max(start, total_steps - decay_steps)
-    length = total_steps - start if decay_steps is None or schedule == "wsd" else decay_steps
+        start = max(start, total_steps - (decay_steps or max(1, total_steps // 10)))
+        length = total_steps - start
     progress = min(1.0, max(0, step - start) / max(1, length))
     return floor + (peak - floor) * _share_left(progress, schedule, power)
 
@@ -64,3 +57,10 @@ def _share_left(progress: float, schedule: str, power: float) -> float:
     if schedule == "cosine":
         return (1 + math.cos(math.pi * progress)) / 2
     return (1 - progress) ** (power if schedule == "polynomial" else 1)
+
+
+def _warming(step: int, peak: float, warmup_steps: int, first: float | None) -> float:
+    if first is None:
+        return peak * (step + 1) / warmup_steps
+    first = min(first, peak)
+    return first + (peak - first) * step / max(1, warmup_steps - 1)
