@@ -17,7 +17,7 @@ from workbench.tuning.trainer import Trainer
 
 RAGGED = [7, 30, 12, 9, 21, 15, 5, 18]  # tokens a row
 MACHINE = {"step_seconds", "tokens_per_second", "active_bytes", "cache_bytes", "peak_bytes"}
-MACHINE |= {"process_bytes", "available_bytes"}
+MACHINE |= {"process_bytes", "available_bytes", "valid_seconds"}
 
 
 def toy_trainer(

@@ -92,6 +92,10 @@ class FallbackWarning(UserWarning):
     """A faster or smaller form cannot be used here; the plain one is, with equal results."""
 
 
+class ObserverWarning(UserWarning):
+    """An observer of a training failed; the training goes on without it."""
+
+
 def check_whole(name: str, value: object, smallest: int) -> None:
     """Raise ConfigError unless a setting is a whole number from `smallest`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < smallest:

@@ -152,6 +152,7 @@ class StepReport:
     process_bytes: int | None  # None: not known
     available_bytes: int | None = None  # what the machine could still give without swapping
     valid_loss: float | None = None  # the same of the validation rows, where this step validated
+    valid_seconds: float | None = None  # that it took
     skipped: bool = False  # loss or gradients were not finite: no update was made
     spike: bool = False  # a loss far above those of the steps before
     released_bytes: int | None = None  # process memory that a reload before this step gave back

@@ -65,7 +65,11 @@ def make_report(
 def with_validation(
     trainer: Trainer, report: StepReport, interrupt: DeferredInterrupt
 ) -> StepReport:
-    """The report with the means over the validation rows; as it was, if interrupted on the way."""
+    """The report with the means over the validation rows, and how long they took.
+
+    As it was, if interrupted on the way.
+    """
+    started = time.perf_counter()
     loss, measures = mean_measures(
         trainer.model,
         trainer.data.valid,
@@ -75,4 +79,5 @@ def with_validation(
     )
     named = {f"valid_{name}": value for name, value in measures.items()}
     extras = {**(report.extras or {}), **named} or None
-    return dataclasses.replace(report, valid_loss=loss, extras=extras)
+    seconds = None if loss is None else time.perf_counter() - started
+    return dataclasses.replace(report, valid_loss=loss, valid_seconds=seconds, extras=extras)

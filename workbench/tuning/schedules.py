@@ -30,24 +30,23 @@ def learning_rate_at(
     straight down. The floor is what a step after the last would have: no step is spent in vain.
 
     Args:
-        schedule: one of `SCHEDULES`.
-        peak, floor: the largest rate, and that at the end (unless `constant`).
+        schedule, peak, floor: one of `SCHEDULES`; the largest rate, and that at the end.
         warmup_steps, total_steps: updates before the peak, and in all.
         power: of `polynomial`.
-        decay_steps: updates that come down, after the warm-up, or for `wsd` the last ones; None:
-            all there are; for `wsd` a tenth of all, one at least.
+        decay_steps: updates that come down, after the warm-up (None: all), or for `wsd` the last
+            ones (None: a tenth).
         warmup_from: rate of the first update, the peak at most.
     """
     if schedule not in SCHEDULES:
         raise ConfigError(f"unknown schedule {schedule!r}", cure=f"Use one of {SCHEDULES}.")
     if step < warmup_steps:
         return _warming(step, peak, warmup_steps, warmup_from)
-    if schedule == "constant":
-        return peak
     start, length = warmup_steps, decay_steps or total_steps - warmup_steps
     if schedule == "wsd":
         start = max(start, total_steps - (decay_steps or max(1, total_steps // 10)))
         length = total_steps - start
+    if schedule == "constant":
+        return peak
     progress = min(1.0, max(0, step - start) / max(1, length))
     return floor + (peak - floor) * _share_left(progress, schedule, power)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mlx.utils import tree_flatten
@@ -25,6 +25,7 @@ from workbench.tuning.identity import run_config
 from workbench.tuning.interrupts import DeferredInterrupt, orderly_exit
 from workbench.tuning.losses import LossFunction, chosen_loss, mean_loss
 from workbench.tuning.memory_watch import MemoryWatch
+from workbench.tuning.observers import Observer, Observers
 from workbench.tuning.optimizers import make_optimizer
 from workbench.tuning.prefix import use_prefix
 from workbench.tuning.progress import Progress
@@ -55,6 +56,7 @@ class Trainer:
         loss_fn: (model, batch) → sum of the loss over the batch's supervised targets.
         allow_changes: go on with other settings, data or base model; the run's records say so.
         objective: what is trained instead of the next token, on data made for it: see `DPOConfig`.
+        observers: functions of a StepReport, or callbacks of mlx-lm, told of every step.
 
     Raises:
         TrainingError: nothing is trainable.
@@ -71,6 +73,7 @@ class Trainer:
         loss_fn: LossFunction | None = None,
         allow_changes: bool = False,
         objective: DPOConfig | None = None,
+        observers: Iterable[Observer] = (),
     ):
         self.base, self.data, self.config = base, data, config or TrainConfig()
         self.model, self.stop_reason = base.model, ""  # why the loop ended early
@@ -92,11 +95,11 @@ class Trainer:
         self.objective = use_objective(self, objective, loss_fn is not None)
         self.guard = MemoryGuard(self.config.memory_limit_bytes)
         self.reports: list[StepReport] = []
-        self.progress = Progress()
+        self.observers = Observers(observers, self.config.grad_accum_steps)
+        self.progress, self._memory = Progress(), MemoryWatch()
         self.prompt_sharing = share_prompts(self, loss_fn is not None)  # if there is any, and why
         self.prefix = use_prefix(self, loss_fn is not None)  # whether it is kept, and why
         self._peak_rate, self._peak_started = self.config.learning_rate, False
-        self._memory = MemoryWatch()
         self.run: RunFolder | None = None
         if run_dir is not None:
             self.run = RunFolder(run_dir, run_config(self))
@@ -252,6 +255,7 @@ class Trainer:
         if self.config.patience and self.progress.without_improvement >= self.config.patience:
             self.stop(f"no better validation in {self.config.patience}")
         self._memory.judge(self, report)
+        self.observers.tell(self.reports)
 
     def _validates_after(self, step: int) -> bool:
         every = self.config.valid_every
