@@ -15,6 +15,7 @@ from workbench.data.datasets import load_dataset
 from workbench.evaluation.generation import generate, stream
 from workbench.evaluation.scoring import ask_capitals
 from workbench.export.adapters import load_adapter, save_adapter
+from workbench.export.fuse import fuse
 from workbench.live.answers import accuracy_table, draw_accuracy
 from workbench.live.chart import TrainingChart
 from workbench.live.panel import LivePanel
@@ -62,6 +63,7 @@ __all__ = [
     "draw_profile",
     "find_leak",
     "fingerprint",
+    "fuse",
     "generate",
     "load_adapter",
     "load_dataset",

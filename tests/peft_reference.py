@@ -1,0 +1,110 @@
+"""Agreement with real PEFT, in both directions, on any base: what the tests of it share."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_map_with_path
+
+import workbench as wb
+from tests.process import ROOT
+from workbench.models.loading import BaseModel
+
+HAS_PEFT = all(importlib.util.find_spec(name) for name in ("torch", "peft"))
+needs_peft = pytest.mark.skipif(
+    not HAS_PEFT, reason="PEFT and torch are not installed: pip install -e '.[benchmarks]'"
+)
+KINDS = {
+    "LoRA": {},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "rsDoRA": {"use_rslora": True, "use_dora": True},
+}
+
+
+def run_jobs(jobs: Sequence[Mapping[str, object]], folder: Path) -> None:
+    """Run jobs of `peft_jobs` in one process that has torch."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "tests.peft_jobs", str(folder / "jobs.json")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def move(base: BaseModel, noise: float) -> None:
+    """Move an adapter as far as training would; DoRA's lengths stay near the base's."""
+
+    def moved(path, array):
+        random = noise * mx.random.normal(array.shape, key=mx.random.key(sum(path.encode())))
+        return array * (1 + random) if path.endswith(".m") else array + random
+
+    base.model.update(tree_map_with_path(moved, base.model.trainable_parameters()))
+
+
+def logits_of(base: BaseModel, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Our logits (T, V) of each prompt."""
+    return [np.array(base.model(mx.array([ids]))[0]) for ids in prompts]
+
+
+def largest(ours: Sequence[np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
+    """Largest difference between our logits and those of a job."""
+    return max(float(np.abs(a - theirs[f"arr_{n}"]).max()) for n, a in enumerate(ours))
+
+
+def difference(base: BaseModel, prompts: Sequence[Sequence[int]], logits: Path | str) -> float:
+    """Largest difference between our logits and those in the file."""
+    return largest(logits_of(base, prompts), np.load(logits))
+
+
+def both_ways(
+    base: BaseModel,
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    work: Path,
+    kinds: Mapping[str, Mapping[str, object]],
+    noise: float,
+    shape: Mapping[str, object],
+) -> dict[tuple[str, str], float]:
+    """Largest difference of logits by kind and direction.
+
+    Args:
+        base: our model of `folder`, without an adapter.
+        prompts: token ids; work: an empty folder; kinds: settings that differ by name.
+        noise: how far the adapters are moved.
+        shape: PEFT's settings that all kinds share: r, lora_alpha, target_modules.
+    """
+    common = {"base": str(folder), "prompts": prompts, "noise": noise}
+    jobs, asked = [{**common, "logits": str(work / "base.npz")}], {}
+    for kind, settings in kinds.items():
+        ours, theirs = work / f"ours-{kind}", work / f"theirs-{kind}"
+        config = wb.LoRAConfig(
+            rank=shape["r"],
+            alpha=shape["lora_alpha"],
+            target_modules=shape["target_modules"],
+            **settings,
+        )
+        wb.add_lora(base.model, config)
+        move(base, noise)
+        wb.save_adapter(base, ours, format="peft")
+        asked[kind] = logits_of(base, prompts)
+        jobs.append({**common, "adapter": str(ours), "logits": f"{ours}.npz"})
+        made = {**shape, **settings, "task_type": "CAUSAL_LM"}
+        jobs.append({**common, "make": made, "adapter": str(theirs), "logits": f"{theirs}.npz"})
+    run_jobs(jobs, work)
+    found = {}
+    for kind in kinds:
+        theirs = np.load(work / f"ours-{kind}.npz")
+        found[kind, "ours → PEFT"] = largest(asked[kind], theirs)
+        wb.load_adapter(base, work / f"theirs-{kind}")
+        found[kind, "PEFT → ours"] = difference(base, prompts, work / f"theirs-{kind}.npz")
+        assert np.abs(theirs["arr_0"] - np.load(work / "base.npz")["arr_0"]).max() > 0.1, kind
+    return found

@@ -1,0 +1,105 @@
+"""The same logits in real PEFT and here, for adapters that go either way."""
+
+import numpy as np
+import pytest
+
+import workbench as wb
+from tests.peft_reference import KINDS, both_ways, difference, needs_peft, run_jobs
+from tests.toy import save_toy_folder
+from workbench.models.files import read_json
+
+pytestmark = needs_peft
+TOY_PROMPTS = [[5, 80, 200, 17], [9, 9, 1, 44, 258, 2, 100, 7, 7, 31, 12]]
+# As the model is used: its first token takes up massive activations, and without it some first
+# word does, where float32 alone is 1e-4 away from float64.
+QUESTIONS = ["What is the capital of Peru?", "One, two, three,", "Why is the sea blue?"]
+CHAT = "<|im_start|>user
+{}<|im_end|>
+"
+    "What is the capital of Peru?",
+    "One, two, three,",
+    "The sea is blue because light " * 2,
+]
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def toy_folder(tmp_path_factory):
+    folder = save_toy_folder(tmp_path_factory.mktemp("base") / "toy")
+    wb.fuse(wb.load_model(folder), folder.parent / "toy-llama")  # complete for transformers
+    return folder.parent / "toy-llama"
+
+
+def show(found, base, capsys):
+    """The table of largest differences, for the log."""
+    with capsys.disabled():
+        for (kind, direction), gap in found.items():
+            print(f"\n{base}, {kind}, {direction}: {gap:.1e}", end="")
+
+
+def test_a_toy_llama_agrees_both_ways(toy_folder, tmp_path, capsys):
+    shape = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "down_proj"]}
+    base = wb.load_model(toy_folder)
+    found = both_ways(base, toy_folder, TOY_PROMPTS, tmp_path, KINDS, 0.2, shape)
+    show(found, "toy Llama", capsys)
+    assert max(found.values()) <= TOLERANCE
+
+
+OTHER_SHAPES = [
+    {"target_modules": "all-linear"},
+    {"target_modules": ["v_proj"], "layers_to_transform": [1]},
+    {"target_modules": ["v_proj", "no_such_module"], "lora_dropout": 0.1, "use_dora": True},
+    {"target_modules": ["gate_proj"], "rank_pattern": {"gate_proj": 4}, "alpha_pattern": {}},
+    {"target_modules": r".*\.(up|down)_proj"},
+    {"target_modules": ["q_proj"], "init_lora_weights": "gaussian", "lora_alpha": 5.5},
+]
+
+
+def test_whatever_peft_saves_of_lora_loads_here(toy_folder, tmp_path):
+    jobs = []
+    for number, shape in enumerate(OTHER_SHAPES):
+        make = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **shape}
+        place = str(tmp_path / str(number))
+        common = {"base": str(toy_folder), "prompts": TOY_PROMPTS, "noise": 0.2}
+        jobs.append({**common, "make": make, "adapter": place, "logits": f"{place}.npz"})
+    run_jobs(jobs, tmp_path)
+    for number, shape in enumerate(OTHER_SHAPES):
+        base = wb.load_model(toy_folder)
+        wb.load_adapter(base, tmp_path / str(number))
+        gap = difference(base, TOY_PROMPTS, tmp_path / f"{number}.npz")
+        assert gap <= TOLERANCE, shape
+
+
+def test_our_last_layers_are_the_ones_that_peft_adapts(toy_folder, tmp_path):
+    jobs, asked = [], {}
+    for names in (["v_proj"], ["self_attn.o_proj", "mlp.up_proj"], "all-linear"):
+        base = wb.load_model(toy_folder)
+        wb.add_lora(base.model, wb.LoRAConfig(rank=2, target_modules=names, num_layers=1))
+        for module in base.model.layers[1].modules():
+            if "lora_b" in module:
+                module.lora_b = module.lora_b + 0.3
+        place = str(tmp_path / f"{len(jobs)}")
+        wb.save_adapter(base, place, format="peft")
+        common = {"base": str(toy_folder), "prompts": TOY_PROMPTS}
+        jobs.append({**common, "adapter": place, "logits": f"{place}.npz"})
+        asked[place] = base
+    run_jobs(jobs, tmp_path)
+    for place, base in asked.items():
+        assert difference(base, TOY_PROMPTS, f"{place}.npz") <= TOLERANCE
+        assert read_json(f"{place}/adapter_config.json")["layers_to_transform"] == [1]
+
+
+@pytest.mark.long
+def test_smollm2_agrees_both_ways(smollm2, tmp_path, capsys):
+    fused = wb.fuse(smollm2, tmp_path / "base")
+    base = wb.load_model(fused)
+    prompts = [base.tokenizer.encode(CHAT.format(text)) for text in QUESTIONS]
+    assert all(4 <= len(ids) <= 19 for ids in prompts)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    shape = {"r": 8, "lora_alpha": 16, "target_modules": names}
+    found = both_ways(base, fused.path, prompts, tmp_path, KINDS, 0.005, shape)
+    alone = difference(smollm2, prompts, tmp_path / "base.npz")
+    show({("no adapter", "fused → transformers"): alone, **found}, "SmolLM2", capsys)
+    assert np.isfinite(list(found.values())).all()
+    assert alone <= TOLERANCE
+    assert max(found.values()) <= TOLERANCE
