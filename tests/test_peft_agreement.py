@@ -13,13 +13,7 @@ TOY_PROMPTS = [[5, 80, 200, 17], [9, 9, 1, 44, 258, 2, 100, 7, 7, 31, 12]]
 # As the model is used: its first token takes up massive activations, and without it some first
 # word does, where float32 alone is 1e-4 away from float64.
 QUESTIONS = ["What is the capital of Peru?", "One, two, three,", "Why is the sea blue?"]
-CHAT = "<|im_start|>user
-{}<|im_end|>
-"
-    "What is the capital of Peru?",
-    "One, two, three,",
-    "The sea is blue because light " * 2,
-]
+CHAT = "<|im_start|>user\n{}<|im_end|>\n"
 TOLERANCE = 1e-4
 
 
