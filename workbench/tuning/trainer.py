@@ -82,11 +82,9 @@ class Trainer:
         if run_dir is None and (self.config.reload_every or self.config.reload_above_bytes):
             raise ConfigError("a reload needs a run folder", cure="Give Trainer a run_dir.")
         check_rows(data, base)
+        rows, settings = tuple(map(len, data.train)), self.config
         self.plan = BatchPlan(
-            tuple(map(len, data.train)),
-            self.config.micro_batch_size,
-            self.config.grad_accum_steps,
-            self.config.seed,
+            rows, settings.micro_batch_size, settings.grad_accum_steps, settings.seed
         )
         self.total_steps = self.config.steps or self.config.epochs * self.plan.steps_per_epoch
         self.optimizer = make_optimizer(self.config)
