@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers-installed
 
-.PHONY: quickstart test test-long test-browser faults benchmark lab notebooks lint clean
+PEER_TESTS := $(addprefix tests/test_,peft_agreement.py harness.py observers.py row_sources.py)
+
+.PHONY: quickstart test test-long test-browser test-peers faults benchmark lab notebooks lint clean
 
 quickstart: $(INSTALLED)  ## fine-tune a real model, and show the result
 	$(BIN)/python -m workbench.runs.notebooks notebooks/00_quickstart.ipynb --out build --echo -p verbose True
@@ -21,6 +23,10 @@ test-long: $(INSTALLED)  ## every kill and disk fault; the notebooks again, comp
 
 test-browser: $(INSTALLED)  ## the live panel in JupyterLab and Chromium, if there is one
 	$(BIN)/python -m pytest -m browser -rs
+
+test-peers: $(PEERS)  ## our adapters, models and rows in PEFT, transformers, lm-eval, TensorBoard
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[peers]"
+	$(BIN)/python -m pytest -m "not browser" -rs $(PEER_TESTS)
 
 faults: $(INSTALLED)  ## what kills, full disks, hostile files and bad numbers did: a table
 	$(BIN)/python -m pytest -m "not browser" tests/faults tests/test_resume.py tests/test_bad_steps.py tests/test_interrupts.py

@@ -12,11 +12,17 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from workbench.backend import describe_backend
 from workbench.data.capitals import all_capitals
 from workbench.data.datasets import load_dataset
+from workbench.data.preferences import load_preferences
+from workbench.evaluation.choices import multiple_choice
 from workbench.evaluation.generation import generate, stream
-from workbench.evaluation.scoring import ask_capitals
+from workbench.evaluation.harness import harness_model
+from workbench.evaluation.likelihood import log_likelihood
+from workbench.evaluation.perplexity import perplexity
+from workbench.evaluation.scoring import ask_capitals, ask_questions
 from workbench.export.adapters import load_adapter, save_adapter
 from workbench.export.fuse import fuse
 from workbench.live.answers import accuracy_table, draw_accuracy
+from workbench.live.behaviour import draw_suites
 from workbench.live.chart import TrainingChart
 from workbench.live.panel import LivePanel
 from workbench.live.profile import draw_profile
@@ -34,13 +40,19 @@ from workbench.probes.planning.machine import Machine
 from workbench.probes.resuming import check_resume
 from workbench.probes.training import check_training
 from workbench.runs.store import new_run, read_metrics
+from workbench.tuning.comparison import run_suites
 from workbench.tuning.config import StepReport, TrainConfig
+from workbench.tuning.dpo import DPOConfig
+from workbench.tuning.exporters import to_tensorboard, to_trackio
 from workbench.tuning.lora import LoRAConfig, adapter_disabled, add_lora, remove_lora
+from workbench.tuning.mlx_lm_writing import write_mlx_lm_yaml
+from workbench.tuning.mlx_lm_yaml import read_mlx_lm_yaml
 from workbench.tuning.modes import set_trainable, untie_head
 from workbench.tuning.profiling import profile_step
 from workbench.tuning.trainer import Trainer
 
 __all__ = [
+    "DPOConfig",
     "LivePanel",
     "LoRAConfig",
     "Machine",
@@ -54,6 +66,7 @@ __all__ = [
     "add_lora",
     "all_capitals",
     "ask_capitals",
+    "ask_questions",
     "changed",
     "check_model",
     "check_resume",
@@ -61,29 +74,40 @@ __all__ = [
     "describe_backend",
     "draw_accuracy",
     "draw_profile",
+    "draw_suites",
     "find_leak",
     "fingerprint",
     "fuse",
     "generate",
+    "harness_model",
     "load_adapter",
     "load_dataset",
     "load_model",
+    "load_preferences",
     "load_weights",
+    "log_likelihood",
     "memory_phase",
+    "multiple_choice",
     "new_run",
+    "perplexity",
     "plain_forms",
     "plan_memory",
     "profile_step",
     "read_memory",
     "read_metrics",
+    "read_mlx_lm_yaml",
     "release_memory",
     "remove_lora",
+    "run_suites",
     "save_adapter",
     "save_weights",
     "set_trainable",
     "show_run",
     "stream",
     "suggest_settings",
+    "to_tensorboard",
+    "to_trackio",
     "untie_head",
     "what_is_alive",
+    "write_mlx_lm_yaml",
 ]
