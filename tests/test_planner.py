@@ -56,15 +56,15 @@ def test_reading_a_folder_needs_what_the_load_phase_says(tmp_path, stored):
     del weights, narrow
     gc.collect()  # or garbage of earlier tests is freed while this is measured
     peaks = []
-    for _ in range(3):
+    for _ in range(4):  # reading and converting run side by side: the peak is not always met
+        gc.collect()
         before = mx.get_active_memory()
         with memory_phase("load") as load:
-            load_model(folder, tokenizer=folder, dtype=mx.float32)
+            base = load_model(folder, tokenizer=folder, dtype=mx.float32)
         peaks.append(load.peak_bytes - before)
+        del base
     moment = planned(folder).phases["load"]
-    # MLX reads ahead of what it converts: on a busy machine more of the file is in memory.
-    ahead = (folder / "model.safetensors").stat().st_size if stored == "float16" else 0
-    assert 0.95 * moment.total_bytes < min(peaks) < 1.05 * moment.total_bytes + ahead
+    assert max(peaks) == pytest.approx(moment.total_bytes, rel=0.15)
 
 
 def test_a_plan_allocates_nothing():
