@@ -12,7 +12,7 @@ pytestmark = needs_peft
 TOY_PROMPTS = [[5, 80, 200, 17], [9, 9, 1, 44, 258, 2, 100, 7, 7, 31, 12]]
 # As the model is used: its first token takes up massive activations, and without it some first
 # word does, where float32 alone is 1e-4 away from float64.
-QUESTIONS = ["What is the capital of Peru?", "One, two, three,", "Why is the sea blue?"]
+QUESTIONS = ["What is the capital of Peru?", "One, two, three,"]
 CHAT = "<|im_start|>user\n{}<|im_end|>\n"
 TOLERANCE = 1e-4
 
@@ -91,7 +91,8 @@ def test_smollm2_agrees_both_ways(smollm2, tmp_path, capsys):
     assert all(4 <= len(ids) <= 19 for ids in prompts)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     shape = {"r": 8, "lora_alpha": 16, "target_modules": names}
-    found = both_ways(base, fused.path, prompts, tmp_path, KINDS, 0.005, shape)
+    kinds = {kind: KINDS[kind] for kind in ("LoRA", "rsLoRA", "DoRA")}
+    found = both_ways(base, fused.path, prompts, tmp_path, kinds, 0.005, shape)
     alone = difference(smollm2, prompts, tmp_path / "base.npz")
     show({("no adapter", "fused → transformers"): alone, **found}, "SmolLM2", capsys)
     assert np.isfinite(list(found.values())).all()

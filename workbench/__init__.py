@@ -21,6 +21,7 @@ from workbench.evaluation.perplexity import perplexity
 from workbench.evaluation.scoring import ask_capitals, ask_questions
 from workbench.export.adapters import load_adapter, save_adapter
 from workbench.export.fuse import fuse
+from workbench.export.gguf import export_gguf
 from workbench.live.answers import accuracy_table, draw_accuracy
 from workbench.live.behaviour import draw_suites
 from workbench.live.chart import TrainingChart
@@ -75,6 +76,7 @@ __all__ = [
     "draw_accuracy",
     "draw_profile",
     "draw_suites",
+    "export_gguf",
     "find_leak",
     "fingerprint",
     "fuse",

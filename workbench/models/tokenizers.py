@@ -25,7 +25,6 @@ SPECIAL_IDS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-# How llama.cpp names the ways in which text is cut before byte-pair merges.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -99,7 +98,7 @@ def gguf_tokenizer(metadata: Mapping[str, object], source: object) -> PreTrained
     """
     kind, cut = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
-    before_merges = _pre_tokenizers().get(cut) if isinstance(cut, str) else None
+    before_merges = ways_to_cut().get(cut) if isinstance(cut, str) else None
     if kind != "gpt2" or before_merges is None or not tokens or merges is None:
         raise TokenizerError(
             f"has a tokenizer of kind {reprlib.repr(kind)} ({reprlib.repr(cut)}), "
@@ -156,7 +155,8 @@ def _byte_level_bpe(tokens: list[str], merges: list[str], before_merges) -> Toke
     return tokenizer
 
 
-def _pre_tokenizers() -> dict[str, pre_tokenizers.PreTokenizer]:
+def ways_to_cut() -> dict[str, pre_tokenizers.PreTokenizer]:
+    """Under llama.cpp's names, how text is cut before byte-pair merges."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     llama3 = pre_tokenizers.Sequence(
