@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -55,12 +56,20 @@ def logits_of(base: BaseModel, prompts: Sequence[Sequence[int]]) -> list[np.ndar
     return [np.array(base.model(mx.array([ids]))[0]) for ids in prompts]
 
 
-def largest(ours: Sequence[np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
+class Gap(NamedTuple):
+    """Largest differences of logits."""
+
+    first: float  # at the first position of a prompt
+    rest: float  # at all others
+
+
+def largest(ours: Sequence[np.ndarray], theirs: Mapping[str, np.ndarray]) -> Gap:
     """Largest difference between our logits and those of a job."""
-    return max(float(np.abs(a - theirs[f"arr_{n}"]).max()) for n, a in enumerate(ours))
+    gaps = [np.abs(a - theirs[f"arr_{n}"]).max(axis=-1) for n, a in enumerate(ours)]
+    return Gap(max(float(g[0]) for g in gaps), max(float(g[1:].max()) for g in gaps))
 
 
-def difference(base: BaseModel, prompts: Sequence[Sequence[int]], logits: Path | str) -> float:
+def difference(base: BaseModel, prompts: Sequence[Sequence[int]], logits: Path | str) -> Gap:
     """Largest difference between our logits and those in the file."""
     return largest(logits_of(base, prompts), np.load(logits))
 
@@ -73,7 +82,7 @@ def both_ways(
     kinds: Mapping[str, Mapping[str, object]],
     noise: float,
     shape: Mapping[str, object],
-) -> dict[tuple[str, str], float]:
+) -> dict[tuple[str, str], Gap]:
     """Largest difference of logits by kind and direction.
 
     Args:

@@ -67,6 +67,8 @@ def read_vocabulary(
             where=source,
             cure=CURE,
         )
+    if not model["merges"]:
+        raise TokenizerError("has no merges, which llama.cpp needs", where=source, cure=CURE)
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
     types = {
         added["id"]: TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
