@@ -26,6 +26,8 @@ LOWER, MIDDLE, RIGHT = 0.565, 0.497, 0.752  # where the parts of the figure meet
 CORNERS = ((0, 1, 0, LOWER), (0, MIDDLE, LOWER, 1), (MIDDLE, RIGHT, LOWER, 1), (RIGHT, 1, LOWER, 1))
 CLEAR = (255, 255, 255, 0)
 MEMORY = ("peak", "process", "limit")
+PER_TOKEN = "cross-entropy (nats a token)"
+PER_PAIR = "loss of the preferences (nats a pair)"
 SETTLED = 20  # losses from which the axis may begin above zero
 NORM_RANGE = 1e4  # largest over smallest gradient norm that is shown
 TITLE = {"color": INK, "fontsize": 11.5, "loc": "left", "fontweight": "bold", "parse_math": False}
@@ -62,6 +64,8 @@ class RunChart:
             self._lines[name].set_data(*thinned(steps, values))
             if name != "valid":  # a line of one point has no length
                 self._lines[name].set_marker("o" if np.isfinite(values).sum() == 1 else "")
+        of_pairs = history.last is not None and history.last.extras is not None
+        self._loss.set_ylabel(PER_PAIR if of_pairs else PER_TOKEN)
         self._stack(history)
         best = history.best_validation
         self._lines["best"].set_data(*([[part] for part in best] if best else [[], []]))
@@ -91,7 +95,7 @@ class RunChart:
         else:
             canvas.restore_region(self._ground)
         for axes, corner in zip(self._figure.axes, CORNERS):
-            limits = (*axes.get_xlim(), *axes.get_ylim())
+            limits = (*axes.get_xlim(), *axes.get_ylim(), axes.get_ylabel())
             if limits == self._limits.get(axes):
                 continue
             self._limits[axes] = limits
@@ -130,7 +134,7 @@ class RunChart:
         self._line(axes, "best", VALID, "best", linestyle="", marker="o", **ring)
         for name in ("valid", "best"):
             self._lines[name].set_clip_on(False)
-        _dress(axes, "cross-entropy (nats a token)")
+        _dress(axes, PER_TOKEN)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.yaxis.set_label_coords(-0.042, 0.5)
         add_legend(axes, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderaxespad=0.2)
