@@ -56,19 +56,7 @@ def read_vocabulary(
     Raises:
         TokenizerError: another kind, or one that cuts text in a way that llama.cpp has no name for.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else {}
-    model = state.get("model", {})
-    cut = _name_of_cut(state)
-    if model.get("type") != "BPE" or state.get("normalizer") is not None or cut is None:
-        raise TokenizerError(
-            f"a {model.get('type')} tokenizer that cuts text in its own way has no name in "
-            f"llama.cpp; known here are {', '.join(ways_to_cut())}",
-            where=source,
-            cure=CURE,
-        )
-    if not model["merges"]:
-        raise TokenizerError("has no merges, which llama.cpp needs", where=source, cure=CURE)
+    state, cut = _checked(tokenizer, source)
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
     types = {
         added["id"]: TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
@@ -84,11 +72,29 @@ def read_vocabulary(
             int(types.get(n, TokenType.NORMAL) if n in tokens else TokenType.UNUSED)
             for n in numbers
         ],
-        merges=[m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
+        merges=[m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]],
         ids={name: number for name, number in ids.items() if number is not None},
         adds={"bos": encoded[0] == ids["bos"], "eos": encoded[-1] == ids["eos"]},
         chat_template=_template(tokenizer),
     )
+
+
+def _checked(tokenizer: PreTrainedTokenizerBase, source: object) -> tuple[dict, str]:
+    """The tokenizer as the tokenizers library writes it, and llama.cpp's name of how it cuts."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else {}
+    model = state.get("model", {})
+    cut = _name_of_cut(state)
+    if model.get("type") != "BPE" or state.get("normalizer") is not None or cut is None:
+        raise TokenizerError(
+            f"a {model.get('type')} tokenizer that cuts text in its own way has no name in "
+            f"llama.cpp; known here are {', '.join(ways_to_cut())}",
+            where=source,
+            cure=CURE,
+        )
+    if not model["merges"]:
+        raise TokenizerError("has no merges, which llama.cpp needs", where=source, cure=CURE)
+    return state, cut
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
