@@ -121,6 +121,18 @@ def fail(*arguments):
     raise RuntimeError("half-way")
 
 
+def test_options_are_scored_after_the_prompt_that_lists_them(folder, monkeypatch):
+    asked = []
+
+    def noted(base, prompt, options):
+        asked.append(prompt)
+        return score_options(base, prompt, options)
+
+    monkeypatch.setattr("workbench.evaluation.behaviour.score_options", noted)
+    evaluate_suites(toy_base(), folder)
+    assert asked == ["?\nA. Lima\nB. Quito"]
+
+
 def test_a_row_that_the_model_cannot_be_asked_is_named(tmp_path, base):
     path = write_jsonl(tmp_path / "long.jsonl", [FREE, {**FREE, "id": "x", "prompt": "x" * 600}])
     with pytest.raises(DataError, match=r"long\.jsonl:2: the prompt has \d+ tokens"):

@@ -317,3 +317,16 @@ def test_another_architecture_keeps_its_ended_rows(qwen):
     together, sizes = batch_of(qwen, encoded, GREEDY)
     assert together == alone
     assert set(sizes) == {3}
+
+
+def test_a_batch_ends_once_every_answer_is_done(base, monkeypatch):
+    sampling = SamplingConfig(max_tokens=40)
+    encoded = [encode_prompt(base, prompt) for prompt in ("Hi", "What?", "Ho")]
+    whole = generation.generate_answers(base, encoded, sampling, 8)
+    assert min(map(len, whole)) > 20
+    done = generation.generate_answers(base, encoded, sampling, 8, lambda ids: len(ids) >= 5)
+    assert done == [tokens[:5] for tokens in whole]
+    first = generation.generate_answers(
+        base, encoded, sampling, 8, lambda ids: ids[0] == whole[0][0]
+    )
+    assert first[0] == whole[0]  # the others go on, and it with them

@@ -96,10 +96,22 @@ def test_texts_end_at_the_stop_sequences():
     assert model.generate_until([asked(p, plain) for p in prompts]) == generate(
         base, prompts, max_tokens=30
     )
-    settings = {"until": [stop, "never there"], "max_gen_toks": 30, "do_sample": False}
+    later = next(letter for letter in whole[8:] if letter not in whole[:8])
+    stops = [later, stop, "never there"]
+    settings = {"until": stops, "max_gen_toks": 30, "do_sample": False}
     found = model.generate_until([asked("Hi", settings), asked("Ho", plain)])
     assert found[0] == whole[: whole.index(stop)]
     assert found[1] == generate(base, "Ho", max_tokens=30)
+
+
+@needs_harness
+def test_a_prompt_that_is_too_long_loses_its_beginning():
+    base = toy_base()
+    base.tokenizer.chat_template = None
+    settings = {"until": [], "max_gen_toks": 12}
+    tail = "What is the capital of Peru? " * 20
+    (found,) = harness_model(base).generate_until([asked("y" * 300 + tail, settings)])
+    assert found == generate(base, ("y" * 300 + tail)[-500:], max_tokens=12)
 
 
 @needs_harness
