@@ -38,14 +38,14 @@ class Controls:
         self._picture = ipywidgets.Image(
             format="png", layout={"width": "100%", "max_width": f"{PICTURE_WIDTH}px", "margin": "0"}
         )
-        self._buttons = [_button(name, *action) for name, action in actions.items()]
+        self._buttons = [button(name, *action) for name, action in actions.items()]
         self._rate = ipywidgets.FloatText(
             rate,
             description="peak learning rate",
             style={"description_width": "initial"},
             layout={"width": "240px", "margin": "2px 2px 2px 14px"},
         )
-        self._rate.observe(lambda change: (set_rate(change["new"]), _acknowledge()), "value")
+        self._rate.observe(lambda change: (set_rate(change["new"]), acknowledge()), "value")
         row = ipywidgets.HBox(
             [*self._buttons, self._rate, ipywidgets.HTML(STYLE)], layout={"flex_flow": "row wrap"}
         )
@@ -72,9 +72,9 @@ class Controls:
         keyboard's focus away from what is disabled.
         """
         self._heading.value = heading
-        for button in self._buttons:
-            pale = button.description == ("Pause" if paused else "Resume")
-            (button.add_class if pale else button.remove_class)("workbench-idle")
+        for widget in self._buttons:
+            pale = widget.description == ("Pause" if paused else "Resume")
+            (widget.add_class if pale else widget.remove_class)("workbench-idle")
         if rate is not None:
             self._rate.value = rate
 
@@ -93,22 +93,24 @@ class Controls:
         widgets go on showing the final state until they are closed.
         """
         self._box.children = [self._heading]
-        self._close(self._row, *self._row.children, self._link, self._asking, self._answer)
+        close_widgets(self._row, *self._row.children, self._link, self._asking, self._answer)
 
     def close(self) -> None:
         """Close all that is left."""
-        self._close(self._box, self._heading, self._picture, self._samples)
-
-    def _close(self, *widgets: ipywidgets.Widget) -> None:
-        for widget in widgets:
-            own: list[HasTraits] = [widget, getattr(widget, "layout", None)]
-            own.append(getattr(widget, "style", None))
-            for part in own:
-                if part is not None:
-                    part.close()
+        close_widgets(self._box, self._heading, self._picture, self._samples)
 
 
-def _acknowledge() -> None:
+def close_widgets(*widgets: ipywidgets.Widget) -> None:
+    """Close widgets with the layout and style that belong to them."""
+    for widget in widgets:
+        own: list[HasTraits] = [widget, getattr(widget, "layout", None)]
+        own.append(getattr(widget, "style", None))
+        for part in own:
+            if part is not None:
+                part.close()
+
+
+def acknowledge() -> None:
     """Tell the browser that its message has been handled.
 
     A widget in the browser sends its next value only when the kernel was idle after the last one,
@@ -119,7 +121,8 @@ def _acknowledge() -> None:
         shell.kernel.send_response(shell.kernel.iopub_socket, "status", {"execution_state": "idle"})
 
 
-def _button(name: str, action: Callable[[], None], tooltip: str) -> ipywidgets.Button:
-    button = ipywidgets.Button(description=name, tooltip=tooltip, layout={"width": "auto"})
-    button.on_click(lambda _: action())
-    return button
+def button(name: str, action: Callable[[], None], tooltip: str) -> ipywidgets.Button:
+    """A button as wide as its name that calls `action`, which may set flags only."""
+    widget = ipywidgets.Button(description=name, tooltip=tooltip, layout={"width": "auto"})
+    widget.on_click(lambda _: action())
+    return widget

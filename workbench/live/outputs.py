@@ -60,16 +60,16 @@ class Slot:
         self.show({PNG: png, TEXT: text}, {PNG: place})
 
 
-def literal(text: str) -> str:
+def literal(text: str, cut: int = CUT) -> str:
     """Any text as HTML that shows it as it is: no tags, no formulas, no control characters.
 
     A dollar sign or a backslash in an element of its own begins no formula: MathJax looks for
-    one within a piece of text. What is long is cut; the tooltip holds more of it.
+    one within a piece of text. What is longer than `cut` characters is cut; the tooltip holds more.
     """
     shown, tip = visible(text), ""
-    if len(shown) > CUT:
+    if len(shown) > cut:
         more = shown[:TITLE_CUT] + ("…" if len(shown) > TITLE_CUT else "")
-        shown, tip = shown[:CUT] + "…", f' title="{html.escape(more)}"'
+        shown, tip = shown[:cut] + "…", f' title="{html.escape(more)}"'
     safe = html.escape(shown).replace("$", "<span>$</span>").replace("\\", "<span>\\</span>")
     return f'<span style="white-space:pre-wrap;overflow-wrap:break-word"{tip}>{safe}</span>'
 
