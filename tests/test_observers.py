@@ -1,5 +1,6 @@
 """Observers of a training: told of every step, mlx-lm's dictionaries, failures that cost no run."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -194,6 +195,8 @@ def test_scalars_are_the_numbers_of_a_report():
     assert found["skipped"] == 0.0
     assert not {"step", "total_steps", "valid_loss"} & found.keys()
     assert all(type(value) is float for value in found.values())
+    more = scalars(dataclasses.replace(report, extras={"margin": 0.5}))
+    assert more == {**found, "margin": 0.5}
 
 
 @pytest.mark.parametrize(

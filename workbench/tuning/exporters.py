@@ -74,11 +74,14 @@ def to_trackio(
 
 
 def scalars(report: StepReport) -> dict[str, float]:
-    """The numbers of a report by name, without those that it has not; truth values as 0 and 1."""
-    values = dataclasses.asdict(report).items()
+    """The numbers of a report by name, without those that it has not; truth values as 0 and 1.
+
+    What an objective measures beside its loss (`extras`) stands among them under its own name.
+    """
+    values = {**dataclasses.asdict(report), **(report.extras or {})}
     return {
         name: float(value)
-        for name, value in values
+        for name, value in values.items()
         if isinstance(value, int | float) and name not in LEFT_OUT
     }
 
