@@ -57,21 +57,21 @@ def logits_of(base: BaseModel, prompts: Sequence[Sequence[int]]) -> list[np.ndar
 
 
 class Gap(NamedTuple):
-    """Largest differences of logits."""
+    """Differences of logits over all positions and the vocabulary."""
 
-    first: float  # at the first position of a prompt
-    rest: float  # at all others
+    largest: float
+    rms: float  # root mean square
 
 
-def largest(ours: Sequence[np.ndarray], theirs: Mapping[str, np.ndarray]) -> Gap:
-    """Largest difference between our logits and those of a job."""
-    gaps = [np.abs(a - theirs[f"arr_{n}"]).max(axis=-1) for n, a in enumerate(ours)]
-    return Gap(max(float(g[0]) for g in gaps), max(float(g[1:].max()) for g in gaps))
+def gap_of(ours: Sequence[np.ndarray], theirs: Mapping[str, np.ndarray]) -> Gap:
+    """How far our logits are from those of a job."""
+    gaps = np.concatenate([np.abs(a - theirs[f"arr_{n}"]).ravel() for n, a in enumerate(ours)])
+    return Gap(float(gaps.max()), float(np.sqrt(np.square(gaps).mean())))
 
 
 def difference(base: BaseModel, prompts: Sequence[Sequence[int]], logits: Path | str) -> Gap:
-    """Largest difference between our logits and those in the file."""
-    return largest(logits_of(base, prompts), np.load(logits))
+    """How far our logits are from those in the file."""
+    return gap_of(logits_of(base, prompts), np.load(logits))
 
 
 def both_ways(
@@ -83,7 +83,7 @@ def both_ways(
     noise: float,
     shape: Mapping[str, object],
 ) -> dict[tuple[str, str], Gap]:
-    """Largest difference of logits by kind and direction.
+    """Differences of logits by kind and direction.
 
     Args:
         base: our model of `folder`, without an adapter.
@@ -112,7 +112,7 @@ def both_ways(
     found = {}
     for kind in kinds:
         theirs = np.load(work / f"ours-{kind}.npz")
-        found[kind, "ours → PEFT"] = largest(asked[kind], theirs)
+        found[kind, "ours → PEFT"] = gap_of(asked[kind], theirs)
         wb.load_adapter(base, work / f"theirs-{kind}")
         found[kind, "PEFT → ours"] = difference(base, prompts, work / f"theirs-{kind}.npz")
         assert np.abs(theirs["arr_0"] - np.load(work / "base.npz")["arr_0"]).max() > 0.1, kind

@@ -9,11 +9,12 @@ from workbench.models.files import read_json
 
 pytestmark = needs_peft
 TOY_PROMPTS = [[5, 80, 200, 17], [9, 9, 1, 44, 258, 2, 100, 7, 7, 31, 12]]
-# As the model is used. Its first token takes up massive activations: there, float32 alone is up to
-# 1e-4 from float64, in PEFT as here.
+# SmolLM2 makes a thousandfold of a rounding error: with or without an adapter, PEFT in float32 is
+# up to 7e-5 from PEFT in float64, and we up to 1.3e-4. Two such computations differ by the sum.
+SMOLLM2_TOLERANCE, SMOLLM2_RMS = 2e-4, 4e-5
 QUESTIONS = ["What is the capital of Peru?", "One, two, three,"]
 CHAT = "<|im_start|>user\n{}<|im_end|>\n"
-FIRST_TOLERANCE = 2e-4
+TOLERANCE = 2e-4
 TOLERANCE = 1e-4
 
 
@@ -28,8 +29,8 @@ def show(found, base, capsys):
     """The table of largest differences, for the log."""
     with capsys.disabled():
         for (kind, direction), gap in found.items():
-            where = f"{gap.rest:.1e}, at the first position {gap.first:.1e}"
-            print(f"\n{base}, {kind}, {direction}: {where}", end="")
+            sizes = f"{gap.largest:.1e}, root mean square {gap.rms:.1e}"
+            print(f"\n{base}, {kind}, {direction}: {sizes}", end="")
 
 
 def test_a_toy_llama_agrees_both_ways(toy_folder, tmp_path, capsys):
@@ -37,7 +38,7 @@ def test_a_toy_llama_agrees_both_ways(toy_folder, tmp_path, capsys):
     base = wb.load_model(toy_folder)
     found = both_ways(base, toy_folder, TOY_PROMPTS, tmp_path, KINDS, 0.2, shape)
     show(found, "toy Llama", capsys)
-    assert max(max(gap) for gap in found.values()) <= TOLERANCE
+    assert max(gap.largest for gap in found.values()) <= TOLERANCE
 
 
 OTHER_SHAPES = [
@@ -50,6 +51,7 @@ OTHER_SHAPES = [
 ]
 
 
+@pytest.mark.long
 def test_whatever_peft_saves_of_lora_loads_here(toy_folder, tmp_path):
     jobs = []
     for number, shape in enumerate(OTHER_SHAPES):
@@ -62,9 +64,10 @@ def test_whatever_peft_saves_of_lora_loads_here(toy_folder, tmp_path):
         base = wb.load_model(toy_folder)
         wb.load_adapter(base, tmp_path / str(number))
         gap = difference(base, TOY_PROMPTS, tmp_path / f"{number}.npz")
-        assert max(gap) <= TOLERANCE, shape
+        assert gap.largest <= TOLERANCE, shape
 
 
+@pytest.mark.long
 def test_our_last_layers_are_the_ones_that_peft_adapts(toy_folder, tmp_path):
     jobs, asked = [], {}
     for names in (["v_proj"], ["self_attn.o_proj", "mlp.up_proj"], "all-linear"):
@@ -80,7 +83,7 @@ def test_our_last_layers_are_the_ones_that_peft_adapts(toy_folder, tmp_path):
         asked[place] = base
     run_jobs(jobs, tmp_path)
     for place, base in asked.items():
-        assert max(difference(base, TOY_PROMPTS, f"{place}.npz")) <= TOLERANCE
+        assert difference(base, TOY_PROMPTS, f"{place}.npz").largest <= TOLERANCE
         assert read_json(f"{place}/adapter_config.json")["layers_to_transform"] == [1]
 
 
@@ -98,5 +101,5 @@ def test_smollm2_agrees_both_ways(smollm2, tmp_path, capsys):
         smollm2, prompts, tmp_path / "base.npz"
     )
     show(found, "SmolLM2", capsys)
-    assert max(gap.rest for gap in found.values()) <= TOLERANCE
-    assert max(gap.first for gap in found.values()) <= FIRST_TOLERANCE
+    assert max(gap.largest for gap in found.values()) <= SMOLLM2_TOLERANCE
+    assert max(gap.rms for gap in found.values()) <= SMOLLM2_RMS

@@ -56,7 +56,7 @@ def read_vocabulary(
     Raises:
         TokenizerError: another kind, or one that cuts text in a way that llama.cpp has no name for.
     """
-    state, cut = _checked(tokenizer, source)
+    state, cut = _checked_state(tokenizer, source)
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
     types = {
         added["id"]: TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
@@ -79,12 +79,11 @@ def read_vocabulary(
     )
 
 
-def _checked(tokenizer: PreTrainedTokenizerBase, source: object) -> tuple[dict, str]:
-    """The tokenizer as the tokenizers library writes it, and llama.cpp's name of how it cuts."""
+def _checked_state(tokenizer: PreTrainedTokenizerBase, source: object) -> tuple[dict, str]:
+    """What the tokenizers library writes of it, and llama.cpp's name of how it cuts text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else {}
-    model = state.get("model", {})
-    cut = _name_of_cut(state)
+    model, cut = state.get("model", {}), _name_of_cut(state)
     if model.get("type") != "BPE" or state.get("normalizer") is not None or cut is None:
         raise TokenizerError(
             f"a {model.get('type')} tokenizer that cuts text in its own way has no name in "
