@@ -13,18 +13,20 @@ from workbench.backend import describe_backend
 from workbench.data.capitals import all_capitals
 from workbench.data.datasets import load_dataset
 from workbench.data.preferences import load_preferences
-from workbench.evaluation.choices import multiple_choice
+from workbench.evaluation.choices import ChoiceQuestion, multiple_choice
 from workbench.evaluation.generation import generate, stream
 from workbench.evaluation.harness import harness_model
 from workbench.evaluation.likelihood import log_likelihood
 from workbench.evaluation.perplexity import perplexity
 from workbench.evaluation.scoring import ask_capitals, ask_questions
+from workbench.evaluation.suites import read_suites
 from workbench.export.adapters import load_adapter, save_adapter
 from workbench.export.fuse import fuse
 from workbench.export.gguf import export_gguf
 from workbench.live.answers import accuracy_table, draw_accuracy
 from workbench.live.behaviour import draw_suites
 from workbench.live.chart import TrainingChart
+from workbench.live.chat import chat
 from workbench.live.panel import LivePanel
 from workbench.live.profile import draw_profile
 from workbench.live.runs import show_run
@@ -47,17 +49,19 @@ from workbench.tuning.dpo import DPOConfig
 from workbench.tuning.exporters import to_tensorboard, to_trackio
 from workbench.tuning.lora import LoRAConfig, adapter_disabled, add_lora, remove_lora
 from workbench.tuning.mlx_lm_writing import write_mlx_lm_yaml
-from workbench.tuning.mlx_lm_yaml import read_mlx_lm_yaml
+from workbench.tuning.mlx_lm_yaml import MlxLmRun, read_mlx_lm_yaml
 from workbench.tuning.modes import set_trainable, untie_head
 from workbench.tuning.profiling import profile_step
 from workbench.tuning.trainer import Trainer
 
 __all__ = [
+    "ChoiceQuestion",
     "DPOConfig",
     "LivePanel",
     "LoRAConfig",
     "Machine",
     "MemoryGuard",
+    "MlxLmRun",
     "StepReport",
     "TrainConfig",
     "Trainer",
@@ -69,6 +73,7 @@ __all__ = [
     "ask_capitals",
     "ask_questions",
     "changed",
+    "chat",
     "check_model",
     "check_resume",
     "check_training",
@@ -98,6 +103,7 @@ __all__ = [
     "read_memory",
     "read_metrics",
     "read_mlx_lm_yaml",
+    "read_suites",
     "release_memory",
     "remove_lora",
     "run_suites",

@@ -17,6 +17,7 @@ from workbench.live.figures import (
     png,
 )
 
+ROOM = 8  # factor on the axis to the left of the shortest bar, and to the right of the longest
 TEXT_WIDTH = 100  # factor on the axis that a bar's text takes
 
 
@@ -44,8 +45,8 @@ def draw_drift(drifts: Mapping[str, Drift]) -> bytes:
     for name in axes.get_yticklabels():
         name.set_parse_math(False)
     axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high * 8)
+    smallest = min(adapter, *(drift.rounding for drift in drifts.values()))
+    axes.set_xlim(smallest / ROOM, axes.get_xlim()[1] * ROOM)
     text = f"move of the logits (root mean square, logarithmic; dashed: the adapter, {adapter:.2g})"
     name_axes(axes, text, "")
     plain(axes, keep=("bottom",))
