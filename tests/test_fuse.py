@@ -17,6 +17,7 @@ from tests.toy_adapters import CONFIG, TOKENS, adapted, contents
 from tests.toy_folders import equal_bits, reconfigure, weights_of
 from workbench.errors import ConfigError, RunError, WeightsError
 from workbench.export.adapters import save_adapter
+from workbench.export.drift import Drift
 from workbench.export.fuse import fuse
 from workbench.models.files import read_json, read_weights, weight_files
 from workbench.probes.parameters import changed, fingerprint
@@ -162,6 +163,21 @@ def test_an_adapter_that_rounding_drowns_is_refused(tmp_path):
         fuse(base, tmp_path / "fused", quantise={"bits": 3, "group_size": 32})
 
 
+@pytest.mark.parametrize(
+    ("adapter", "rounding", "lost", "swallows"),
+    [
+        (1.0, 1.9, 0.4, False),
+        (1.0, 0.6, 0.6, True),
+        (1.0, 2.1, 0.0, True),
+        (1.0, 2.1, -0.5, True),
+        (0.0, 2.1, None, False),
+        (None, 2.1, None, False),
+    ],
+)
+def test_rounding_swallows_what_it_takes_back_or_drowns(adapter, rounding, lost, swallows):
+    assert Drift(adapter, rounding, lost).swallows == swallows
+
+
 def test_a_fresh_adapter_has_nothing_to_lose(tmp_path):
     base = toy_base()
     wb.add_lora(base.model)
@@ -254,33 +270,32 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path):
 
 
 FULL = """
-    import resource, signal
-    import workbench as wb
-    from tests.toy_adapters import adapted
+    import os, resource, signal
+    from pathlib import Path
+    from tests.toy_adapters import adapted, contents
     from workbench.errors import FileFormatError
     from workbench.export.fuse import fuse
-    base = adapted()
+    base, place = adapted(), Path({folder!r})
+    before = contents(place) if place.exists() else None
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
-    try:
-        fuse(base, {folder!r}, force=True)
-    except FileFormatError as error:
-        print(error)
+    for limit in (100, 3_000, 60_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            fuse(base, place, force=True)
+        except FileFormatError as error:
+            print("refused:", error)
+        assert os.listdir(place.parent) == (["place"] if before else [])
+        assert before is None or contents(place) == before
 """
 
 
-@pytest.mark.parametrize("limit", [100, 3_000, 60_000])
 @pytest.mark.parametrize("fill", [None, somebodys])
-def test_a_full_disk_leaves_what_was_there(tmp_path, limit, fill):
-    folder = tmp_path / "place"
+def test_a_full_disk_leaves_what_was_there(tmp_path, fill):
     if fill:
-        fill(folder)
-    before = contents(folder) if fill else None
-    finished = run(FULL.format(limit=limit, folder=str(folder)))
-    assert "cannot be written" in finished.out, finished.err
-    assert [path.name for path in tmp_path.iterdir()] == (["place"] if fill else [])
-    if fill:
-        assert contents(folder) == before
+        fill(tmp_path / "place")
+    finished = run(FULL.format(folder=str(tmp_path / "place")))
+    assert finished.code == 0, finished.err
+    assert finished.out.count("refused:") == finished.out.count("cannot be written") == 3
 
 
 def test_a_killed_process_leaves_no_half_of_an_export(tmp_path):
@@ -298,6 +313,29 @@ def test_a_killed_process_leaves_no_half_of_an_export(tmp_path):
     assert run(code.format(folder=str(tmp_path / "place"))).code == 9
     assert all(path.name.startswith(".tmp-") for path in tmp_path.iterdir())
     fuse(adapted(), tmp_path / "place")
+
+
+def test_what_was_moved_aside_comes_back_if_the_last_step_fails(tmp_path):
+    somebodys(tmp_path / "place")
+    finished = run(f"""
+        import errno, sys
+        from tests.toy_adapters import adapted
+        from workbench.errors import FileFormatError
+        from workbench.export.fuse import fuse
+        base, failed = adapted(), []
+        def fail(event, args):
+            if event == "os.rename" and str(args[1]).endswith("/place") and not failed:
+                failed.append(args)
+                raise OSError(errno.EIO, "input/output error")
+        sys.addaudithook(fail)
+        try:
+            fuse(base, {str(tmp_path / "place")!r}, force=True)
+        except FileFormatError as error:
+            print(error)
+    """)
+    assert "cannot be written (input/output error)" in finished.out, finished.err
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+    assert contents(tmp_path / "place") == {"thesis.txt": b"mine"}
 
 
 def test_mlx_lm_fuses_our_adapter_to_the_same_weights(tmp_path):
