@@ -14,6 +14,7 @@ from tests.toy import TOY_CONFIG, VOCAB_SIZE, save_toy_folder, toy_model, toy_to
 from tests.toy_folders import TOKENS, equal_bits, rewrite, weights_of
 from workbench.errors import FileFormatError, WeightsError
 from workbench.models.files import INDEX_NAME, read_safetensors, write_safetensors
+from workbench.models.llama import Llama
 from workbench.models.loading import embedding_rows
 from workbench.models.report import compare
 
@@ -213,3 +214,13 @@ def test_weights_of_another_model_raise_and_change_nothing(saved, changes, dtype
     with pytest.raises(WeightsError, match=named):
         wb.load_weights(other, saved[1])
     assert equal_bits(weights_of(other), before)
+
+
+@pytest.mark.parametrize("setting", [{"sliding_window": 64}, {"rope_traditional": True}])
+def test_what_our_llama_does_not_do_is_left_to_mlx_lm(tmp_path, setting):
+    folder = save_toy_folder(tmp_path / "toy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **setting}))
+    model = wb.load_model(folder).model
+    assert type(model).__module__ == "mlx_lm.models.llama"
+    assert isinstance(wb.load_model(save_toy_folder(tmp_path / "plain")).model, Llama)

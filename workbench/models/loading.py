@@ -190,8 +190,8 @@ def _load_folder(
 
 def _is_ours(config: Mapping[str, object]) -> bool:
     foreign_quantisation = "quantization_config" in config and "quantization" not in config
-    sliding = bool(config.get("sliding_window"))
-    return config["model_type"] in OUR_TYPES and not sliding and not foreign_quantisation
+    other = any(config.get(name) for name in ("sliding_window", "rope_traditional"))
+    return config["model_type"] in OUR_TYPES and not other and not foreign_quantisation
 
 
 def _build_llama(
