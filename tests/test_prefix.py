@@ -20,6 +20,7 @@ from workbench.errors import ConfigError, FallbackWarning
 from workbench.models.loading import load_model
 from workbench.models.stand_ins import intercepted
 from workbench.models.structure import module_at
+from workbench.probes import parameters
 from workbench.probes.training import check_training
 from workbench.tuning import prefix_cache
 from workbench.tuning.config import TrainConfig
@@ -159,9 +160,9 @@ def test_rows_of_like_length_make_a_group_whatever_their_order(monkeypatch):
 
 
 def test_weights_that_stay_are_hashed_once(monkeypatch):
-    hashed, own = [], prefix_cache.digest
+    hashed, own = [], parameters.digest
     monkeypatch.setattr(
-        prefix_cache, "digest", lambda array: hashed.append(array.shape) or own(array)
+        parameters, "digest", lambda array: hashed.append(array.shape) or own(array)
     )
     trainer = trainer_of(toy()[0], data=toy_dataset(RAGGED, valid=[9, 14]), valid_every=2)
     below = 1 + 2 * 9  # the embedding, and two layers of nine tensors

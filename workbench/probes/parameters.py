@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,3 +30,35 @@ def digest(array: mx.array) -> str:
     flat = mx.contiguous(array.reshape(-1))  # NumPy has no bfloat16; a scalar has no other view
     content.update(memoryview(np.array(flat.view(mx.uint8))))
     return content.hexdigest()
+
+
+class WatchedWeights:
+    """Notices when other weights take the place of those that something was computed from.
+
+    They are hashed only when an array object is another. Writing into an array's elements in
+    place is not noticed.
+
+    Args:
+        weights: (name, array) of each.
+        others: what else the computation depends on; part of the key.
+    """
+
+    def __init__(self, weights: Sequence[tuple[str, mx.array]], *others: object):
+        self._others = others
+        self._note(weights)
+
+    def replaced(self, weights: Sequence[tuple[str, mx.array]]) -> bool:
+        """Whether these are of other content than those noted last; takes note of them."""
+        if len(weights) == len(self._noted) and all(
+            noted() is array for noted, (_, array) in zip(self._noted, weights)
+        ):
+            return False
+        before = self.key
+        self._note(weights)
+        return self.key != before
+
+    def _note(self, weights: Sequence[tuple[str, mx.array]]) -> None:
+        # Weak, so that a reload can free what was there before.
+        self._noted = [weakref.ref(array) for _, array in weights]
+        named = [(name, digest(array)) for name, array in weights]
+        self.key = hashlib.sha256(repr((named, *self._others)).encode()).hexdigest()

@@ -10,8 +10,6 @@ memory only.
 
 from __future__ import annotations
 
-import hashlib
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -26,7 +24,7 @@ from workbench.models.partial_runs import begun_at, entering, paths_above
 from workbench.models.shared_prompt import find_shared_prompt
 from workbench.models.structure import find_layers
 from workbench.models.trying import probe_tokens
-from workbench.probes.parameters import digest
+from workbench.probes.parameters import WatchedWeights
 from workbench.tuning.losses import LossFunction, next_token_pairs
 
 GROUP_POSITIONS = 1024  # of rows that are computed together
@@ -60,7 +58,7 @@ class PrefixCache:
         self.held_bytes = self.hits = self.misses = 0
         self._states: dict[bytes, np.ndarray] = {}
         self._group_of = {_content(row): group for group in _groups(examples) for row in group}
-        self._note_weights(self._weights())
+        self._watched = WatchedWeights(self._weights(), first_layer, str(self.dtype))
 
     def states(self, batch: Batch) -> mx.array:
         """Hidden states (B, T - 1, D) that enter `first_layer` for a batch's inputs.
@@ -68,11 +66,17 @@ class PrefixCache:
         Behind the last token that a target is predicted from, a row's last state is repeated:
         nothing that counts sees it, and no norm divides by zero there.
         """
-        self._require_same_weights()
+        if self._watched.replaced(self._weights()):
+            self._states, self.held_bytes = {}, 0
         length = batch.tokens.shape[1] - 1
         rows = [self._state(seen) for seen in _seen_tokens(batch.tokens, batch.loss_mask)]
         padded = [np.pad(row, ((0, length - len(row)), (0, 0)), mode="edge") for row in rows]
         return mx.array(np.stack(padded)).view(self.dtype)
+
+    @property
+    def key(self) -> str:
+        """Hash of the weights below the layer, its number and the dtype."""
+        return self._watched.key
 
     def _state(self, seen: np.ndarray) -> np.ndarray:
         content = _content(seen)
@@ -105,24 +109,6 @@ class PrefixCache:
     def _weights(self) -> list[tuple[str, mx.array]]:
         named = tree_flatten(self.model.parameters())
         return below(self.model, self.first_layer, self._above, named)
-
-    def _require_same_weights(self) -> None:
-        weights = self._weights()
-        if len(weights) == len(self._noted) and all(
-            noted() is array for noted, (_, array) in zip(self._noted, weights)
-        ):
-            return
-        before = self.key
-        self._note_weights(weights)
-        if self.key != before:
-            self._states, self.held_bytes = {}, 0
-
-    def _note_weights(self, weights: list[tuple[str, mx.array]]) -> None:
-        # Weak, so that a reload can free what was there before.
-        self._noted = [weakref.ref(array) for _, array in weights]
-        named = [(name, digest(array)) for name, array in weights]
-        content = repr((named, self.first_layer, str(self.dtype)))
-        self.key = hashlib.sha256(content.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

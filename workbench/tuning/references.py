@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-import weakref
 from collections.abc import Iterable
 
 import mlx.core as mx
@@ -15,7 +13,7 @@ from mlx.utils import tree_flatten
 from workbench.data.batches import Batch, collate
 from workbench.data.examples import Example
 from workbench.errors import TrainingError
-from workbench.probes.parameters import digest
+from workbench.probes.parameters import WatchedWeights
 from workbench.tuning.lora import adapter_disabled
 from workbench.tuning.lora_layers import LoRALinear
 from workbench.tuning.losses import next_token_pairs, row_log_probs
@@ -44,10 +42,15 @@ class References:
         _require_adapter(model)
         self.model = model
         self._groups = _groups(examples)
-        self._note_weights(self._weights())
+        self._watched = WatchedWeights(self._weights())
         started = time.perf_counter()
         self._held = self._computed()
         self.seconds = time.perf_counter() - started  # that the computation took
+
+    @property
+    def key(self) -> str:
+        """Hash of the frozen weights."""
+        return self._watched.key
 
     def __len__(self) -> int:
         """Rows that are held."""
@@ -55,7 +58,8 @@ class References:
 
     def __call__(self, batch: Batch) -> mx.array:
         """(B,) float32, in nats: a constant for the gradient."""
-        self._require_same_weights()
+        if self._watched.replaced(self._weights()):
+            self._held = self._computed()
         contents = [_content(*row) for row in zip(batch.tokens, batch.loss_mask)]
         for content, row in zip(contents, zip(batch.tokens, batch.loss_mask)):
             if content not in self._held:
@@ -81,23 +85,6 @@ class References:
         adapted = _adapter_names(self.model)
         named = tree_flatten(self.model.parameters())
         return [(name, array) for name, array in named if name not in adapted]
-
-    def _require_same_weights(self) -> None:
-        weights = self._weights()
-        if len(weights) == len(self._noted) and all(
-            noted() is array for noted, (_, array) in zip(self._noted, weights)
-        ):
-            return
-        before = self.key
-        self._note_weights(weights)
-        if self.key != before:
-            self._held = self._computed()
-
-    def _note_weights(self, weights: list[tuple[str, mx.array]]) -> None:
-        # Weak, so that a reload can free what was there before.
-        self._noted = [weakref.ref(array) for _, array in weights]
-        content = repr([(name, digest(array)) for name, array in weights])
-        self.key = hashlib.sha256(content.encode()).hexdigest()
 
 
 def _require_adapter(model: nn.Module) -> None:
