@@ -15,8 +15,8 @@ quickstart: $(INSTALLED)  ## fine-tune a real model, and show the result
 	$(BIN)/python -m workbench.runs.notebooks notebooks/00_quickstart.ipynb --out build --echo -p verbose True
 	@echo "The executed notebook: build/00_quickstart.ipynb. To look at it: make lab"
 
-test: $(INSTALLED)  ## the tests, every notebook once with small parameters
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## the tests, every notebook once with small parameters: two at a time
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: $(INSTALLED)  ## every kill and disk fault; the notebooks again, compared by nbval
 	$(BIN)/python -m pytest -m "long and not browser"

@@ -7,7 +7,7 @@ import workbench as wb  # isort: split
 import mlx.core as mx
 import pytest
 
-from tests.faults.cases import count
+from tests.faults.cases import TABLE, add, count, table
 from tests.toy import save_toy_folder, toy_base, toy_tokenizer
 
 
@@ -48,3 +48,28 @@ def in_the_table_of_faults(request):
     yield
     if mark := request.node.get_closest_marker("fault"):
         count(mark.args[0], "result")
+
+
+def pytest_sessionfinish(session):
+    """One of several processes hands its tables over."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = {fault: dict(row) for fault, row in TABLE.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Take the tables of a process that has ended."""
+    for fault, row in getattr(node, "workeroutput", {}).get("faults", {}).items():
+        add(fault, row)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the tables that tests recorded, and that of the faults."""
+    for report in terminalreporter.getreports("passed"):
+        for title, text in report.user_properties:
+            terminalreporter.section(title)
+            terminalreporter.write_line(text)
+    if TABLE:
+        terminalreporter.section("faults")
+        for line in table():
+            terminalreporter.write_line(line)

@@ -29,13 +29,14 @@ LEFT_OUT = [heading for heading in CHECKS if heading not in ("text", "tokenizer"
 ALL_CORRECT = [*CORRECT, *CORRECT_TRAINING]
 
 
-def test_every_mutant_is_caught_under_its_heading(capsys):
+def test_every_mutant_is_caught_under_its_heading(record_property):
     mutants = sorted((*MUTANTS, *TRAINING_MUTANTS), key=lambda mutant: mutant.bug)
     reports = [mutant.run() for mutant in mutants]
     table = mutant_table(mutants, reports)
-    with capsys.disabled(), pd.option_context("display.width", 200, "display.max_colwidth", 60):
-        print(f"\n{table.drop(columns='what it says').to_string(index=False)}")
-        print(f"{table['caught'].sum()} of {len(table)} broken models and trainings caught")
+    with pd.option_context("display.width", 200, "display.max_colwidth", 60):
+        shown = table.drop(columns="what it says").to_string(index=False)
+    caught = f"{table['caught'].sum()} of {len(table)} broken models and trainings caught"
+    record_property(caught, shown)
     assert len(table) >= 30
     assert {mutant.bug for mutant in mutants} == set(BUGS)
     assert table["caught"].all(), table[~table["caught"]].to_string()

@@ -25,19 +25,20 @@ def toy_folder(tmp_path_factory):
     return folder.parent / "toy-llama"
 
 
-def show(found, base, capsys):
+def show(found, base, record_property):
     """The table of largest differences, for the log."""
-    with capsys.disabled():
-        for (kind, direction), gap in found.items():
-            sizes = f"{gap.largest:.1e}, root mean square {gap.rms:.1e}"
-            print(f"\n{base}, {kind}, {direction}: {sizes}", end="")
+    rows = [
+        f"{kind}, {direction}: {gap.largest:.1e}, root mean square {gap.rms:.1e}"
+        for (kind, direction), gap in found.items()
+    ]
+    record_property(f"PEFT on {base}", "\n".join(rows))
 
 
-def test_a_toy_llama_agrees_both_ways(toy_folder, tmp_path, capsys):
+def test_a_toy_llama_agrees_both_ways(toy_folder, tmp_path, record_property):
     shape = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "down_proj"]}
     base = wb.load_model(toy_folder)
     found = both_ways(base, toy_folder, TOY_PROMPTS, tmp_path, KINDS, 0.2, shape)
-    show(found, "toy Llama", capsys)
+    show(found, "toy Llama", record_property)
     assert max(gap.largest for gap in found.values()) <= TOLERANCE
 
 
@@ -88,7 +89,7 @@ def test_our_last_layers_are_the_ones_that_peft_adapts(toy_folder, tmp_path):
 
 
 @pytest.mark.long
-def test_smollm2_agrees_both_ways(smollm2, tmp_path, capsys):
+def test_smollm2_agrees_both_ways(smollm2, tmp_path, record_property):
     fused = wb.fuse(smollm2, tmp_path / "base")
     base = wb.load_model(fused)
     prompts = [base.tokenizer.encode(CHAT.format(text)) for text in QUESTIONS]
@@ -100,6 +101,6 @@ def test_smollm2_agrees_both_ways(smollm2, tmp_path, capsys):
     found["no adapter", "fused → transformers"] = difference(
         smollm2, prompts, tmp_path / "base.npz"
     )
-    show(found, "SmolLM2", capsys)
+    show(found, "SmolLM2", record_property)
     assert max(gap.largest for gap in found.values()) <= SMOLLM2_TOLERANCE
     assert max(gap.rms for gap in found.values()) <= SMOLLM2_RMS

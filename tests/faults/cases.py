@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,10 +95,12 @@ def run_case(server: Server, fault: str, action: str, argument: object, folder: 
 
 def count(fault: str, kind: str, stray_files: int = 0) -> None:
     """Add one case to the table: how it ended, and the files that it left behind."""
-    row = TABLE.setdefault(fault, Counter())
-    row["cases"] += 1
-    row[KINDS[kind]] += 1
-    row["stray files"] += stray_files
+    add(fault, Counter({"cases": 1, KINDS[kind]: 1, "stray files": stray_files}))
+
+
+def add(fault: str, row: Mapping[str, int]) -> None:
+    """Add a row of counts to the table."""
+    TABLE.setdefault(fault, Counter()).update(row)
 
 
 def table() -> list[str]:

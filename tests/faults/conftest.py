@@ -1,4 +1,4 @@
-"""The server of the fault suite, what is to be spoilt, and the table that is printed at the end."""
+"""The server of the fault suite, and what is to be spoilt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.faults.cases import TABLE, Server, table
+from tests.faults.cases import Server
 from tests.toy import save_toy_folder
 from tests.toy_adapters import adapted
 from workbench.export.adapters import save_adapter
@@ -37,11 +37,3 @@ def saved(tmp_path_factory):
 def model(saved, tmp_path):
     """A copy of the model's folder, to be spoilt."""
     return shutil.copytree(saved / "model", tmp_path / "model")
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Print the table of results."""
-    if TABLE:
-        terminalreporter.section("faults")
-        for line in table():
-            terminalreporter.write_line(line)
