@@ -133,6 +133,15 @@ def test_exponentials_are_right_to_float32():
     assert exponential(mx.array([-1e9, 1e9])).tolist() == [0.0, float("inf")]
 
 
+@only_fast
+def test_exponentials_of_a_large_unit_are_rounded_once():
+    x = mx.linspace(-80, 80, 10_001)
+    exact = np.exp(np.array(x, dtype=np.float64))
+    error = np.abs(np.array(exponential(x / 64, unit=64.0), dtype=np.float64) / exact - 1)
+    assert error.max() <= 2.5e-7
+    assert exponential(mx.array([-1e9, 1e9]), unit=64.0).tolist() == [0.0, float("inf")]
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_other_dtypes_take_the_plain_form(dtype):
     *arrays, _ = (array.astype(dtype) for array in inputs("one block"))

@@ -10,11 +10,10 @@ from workbench.models.files import read_json
 pytestmark = needs_peft
 TOY_PROMPTS = [[5, 80, 200, 17], [9, 9, 1, 44, 258, 2, 100, 7, 7, 31, 12]]
 # SmolLM2 makes a thousandfold of a rounding error: with or without an adapter, PEFT in float32 is
-# up to 7e-5 from PEFT in float64, and we up to 1.3e-4. Two such computations differ by the sum.
-SMOLLM2_TOLERANCE, SMOLLM2_RMS = 2e-4, 4e-5
+# up to 7e-5 from PEFT in float64, and so are we. Two such computations differ by the sum.
+SMOLLM2_TOLERANCE, SMOLLM2_RMS = 1.5e-4, 3e-5
 QUESTIONS = ["What is the capital of Peru?", "One, two, three,"]
 CHAT = "<|im_start|>user\n{}<|im_end|>\n"
-TOLERANCE = 2e-4
 TOLERANCE = 1e-4
 
 

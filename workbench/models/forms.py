@@ -21,6 +21,7 @@ import mlx.core as mx
 QUERIES = 64  # of a block: smaller ones see fewer keys in vain, larger ones are fewer products
 HIDDEN = -1e9  # at most the score of a key that a query must not see
 KEPT_BYTES = 32_000_000  # of a call's probabilities; more are computed again for the gradient
+UNIT = 64.0  # of exponents below: e to its power is rounded once, e itself at each of 64 times
 LOWEST = -80.0  # exponent: its power is 2e-35, and numbers below 1e-38 are slow to compute with
 
 _plain = False
@@ -67,9 +68,9 @@ def silu_product(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
-def exponential(x: mx.array) -> mx.array:
-    """e to the power of x, for float32 x; relative error about 1e-7 · max(1, |x|)."""
-    return mx.power(math.e, x) if is_fast(x) else mx.exp(x)
+def exponential(x: mx.array, unit: float = 1.0) -> mx.array:
+    """e to the power of unit · x, for float32 x; relative error about 1e-7 · max(1, |x|)."""
+    return mx.power(math.exp(unit), x) if is_fast(x) else mx.exp(unit * x)
 
 
 def is_fast(*arrays: mx.array) -> bool:
@@ -81,7 +82,7 @@ def is_fast(*arrays: mx.array) -> bool:
 @mx.custom_function
 def _fast_silu_product(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
     """The product, and sigmoid(gate) for the gradient."""
-    sigmoid = 1 / (1 + exponential(-gate))
+    sigmoid = 1 / (1 + exponential(gate * (-1 / UNIT), UNIT))
     return gate * sigmoid * up, sigmoid
 
 
@@ -146,13 +147,13 @@ def _weights(
     """exp(scores - highest) of a block (B, KV, R, T, D) and the S keys that its last row sees.
 
     Returns:
-        (B, KV, R, T, S), and each row's highest score (B, KV, R, T, 1), if it was not given.
+        (B, KV, R, T, S), and each row's highest score / UNIT (B, KV, R, T, 1), if not given.
     """
     visible = _visible(queries.shape[3], keys.shape[2])
-    scores = _split(_rows(scale * queries) @ keys.swapaxes(-1, -2), queries)
+    scores = _split(_rows((scale / UNIT) * queries) @ keys.swapaxes(-1, -2), queries)
     scores = mx.minimum(scores, mx.where(visible, math.inf, HIDDEN))
     highest = scores.max(axis=-1, keepdims=True) if highest is None else highest
-    return exponential(mx.maximum(scores - highest, LOWEST)) * visible, highest
+    return exponential(mx.maximum(scores - highest, LOWEST / UNIT), UNIT) * visible, highest
 
 
 def _attention_gradients(scale: float, primals: tuple, flows: tuple, outputs: tuple) -> tuple:
