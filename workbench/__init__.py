@@ -51,6 +51,7 @@ from workbench.tuning.lora import LoRAConfig, adapter_disabled, add_lora, remove
 from workbench.tuning.mlx_lm_writing import write_mlx_lm_yaml
 from workbench.tuning.mlx_lm_yaml import MlxLmRun, read_mlx_lm_yaml
 from workbench.tuning.modes import set_trainable, untie_head
+from workbench.tuning.presets import preset
 from workbench.tuning.profiling import profile_step
 from workbench.tuning.trainer import Trainer
 
@@ -99,6 +100,7 @@ __all__ = [
     "perplexity",
     "plain_forms",
     "plan_memory",
+    "preset",
     "profile_step",
     "read_memory",
     "read_metrics",
