@@ -22,6 +22,8 @@ class Batch:
     loss_mask: np.ndarray  # (B, T) bool: whether token t is a target
     rows: tuple[int, ...]  # row numbers in the data set
     sides: int = 1  # rows of tokens to a row of the data: 2 of pairs, whose chosen ones come first
+    authority_weight: np.ndarray | None = None  # (B,) float64; None unless every row has one
+    provenance_entropy: np.ndarray | None = None  # (B,) float64, bits; None unless every row has
 
     @property
     def num_tokens(self) -> int:
@@ -44,7 +46,16 @@ def collate(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
     for place, example in enumerate(sequences):
         tokens[place, : len(example)] = example.tokens
         loss_mask[place, : len(example)] = example.loss_mask
-    return Batch(tokens, loss_mask, tuple(int(row) for row in rows), len(by_side))
+    numbers = tuple(int(row) for row in rows)
+    if len(by_side) > 1:  # what a pair teaches is a preference, not a document
+        return Batch(tokens, loss_mask, numbers, len(by_side))
+    weights = _column([example.authority_weight for example in sequences])
+    entropies = _column([example.provenance_entropy for example in sequences])
+    return Batch(tokens, loss_mask, numbers, 1, weights, entropies)
+
+
+def _column(values: list[float | None]) -> np.ndarray | None:
+    return None if None in values else np.array(values, dtype=np.float64)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,8 +16,8 @@ from workbench.data.chats import (
     shield,
     tokenise_chat,
 )
+from workbench.data.rows import provenance_of, text_of
 from workbench.data.rows import read_rows as read_rows
-from workbench.data.rows import text_of
 from workbench.errors import ConfigError, DataError, check_whole
 
 TRAIN_ON = ("assistant", "last", "all")
@@ -36,6 +36,8 @@ class Example:
     where: str  # file and line, for messages
     truncated: bool = False
     num_spelled: int = 0  # special tokens that the messages spell, encoded as text
+    authority_weight: float | None = None  # 0 to 0.99; None: the row does not say
+    provenance_entropy: float | None = None  # bits, from 0; None: the row does not say
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -68,7 +70,8 @@ def encode_row(
     """Tokenise a row in one of mlx-lm's formats, and mark its targets.
 
     Args:
-        row: `messages` (with optional `tools`), `prompt` and `completion`, or `text`.
+        row: `messages` (with optional `tools`), `prompt` and `completion`, or `text`; beside them
+            `authority_weight` and `provenance_entropy`, which the example carries.
         tokenizer: with a chat template, for chats and completions.
         max_length: tokens that are kept, from the start.
         train_on: targets of a chat: all `assistant` turns (each with the token that ends it), the
@@ -79,17 +82,20 @@ def encode_row(
         where: the row's place, for messages.
 
     Raises:
-        DataError: the row has no known format, wrong types, an unknown role, or no target.
+        DataError: the row has no known format, wrong types, an unknown role, no target, or
+            provenance out of range.
     """
+    provenance = provenance_of(row, where)
     if train_on not in TRAIN_ON:
         raise ConfigError(f"train_on {train_on!r} is unknown", cure=f"Use one of {TRAIN_ON}.")
     check_whole("max_length", max_length, 2)
     if "messages" in row or "prompt" in row or "completion" in row:
         chat = _encode_chat(row, tokenizer, train_on, allow_special_tokens, where)
-        return _cut(*chat, max_length, where)
+        return replace(_cut(*chat, max_length, where), **provenance)
     if "text" in row:
         tokens = _encode_text(text_of(row, "text", where), tokenizer, where)
-        return _cut(tokens, np.ones(len(tokens), dtype=bool), 0, max_length, where)
+        example = _cut(tokens, np.ones(len(tokens), dtype=bool), 0, max_length, where)
+        return replace(example, **provenance)
     raise DataError(
         f"has none of the known keys (it has {_named(row)})",
         where=where,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from workbench.models.regular_files import open_regular, parse_json
 
 MAX_LINE_BYTES = 16_000_000  # a row of a million tokens has four
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+PROVENANCE_RANGES = {"authority_weight": (0.0, 0.99), "provenance_entropy": (0.0, math.inf)}
 
 
 def read_rows(
@@ -66,6 +69,38 @@ def text_of(row: Mapping[str, object], key: str, where: str) -> str:
     if not can_be_encoded(value):
         raise DataError(f"{key!r} holds half of a surrogate pair", where=where)
     return value
+
+
+def provenance_of(row: Mapping[str, object], where: str) -> dict[str, float | None]:
+    """A row's authority weight (0 to 0.99) and provenance entropy (bits, from 0), or None each.
+
+    Raises:
+        DataError: one of them is no number, not finite or out of its range; names row and key.
+    """
+    return {
+        key: _number_of(row, key, lowest, highest, where)
+        for key, (lowest, highest) in PROVENANCE_RANGES.items()
+    }
+
+
+def _number_of(
+    row: Mapping[str, object], key: str, lowest: float, highest: float, where: str
+) -> float | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # The comparison refuses NaN, and a whole number that no float holds.
+    if is_number and lowest <= value <= min(highest, sys.float_info.max):
+        return float(value)
+    span = f"from {lowest:g} to {highest:g}" if highest < math.inf else f"finite, from {lowest:g}"
+    shown = isinstance(value, float) or (is_number and abs(value) < 10**15)
+    got = repr(value) if shown else type(value).__name__
+    raise DataError(
+        f"{key!r} must be a number {span}, got {got}",
+        where=where,
+        cure="Leave it out, and add_provenance scores the text.",
+    )
 
 
 def can_be_encoded(text: str) -> bool:
