@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from workbench.data.examples import Example, encode_row
+from workbench.data.provenance import with_provenance
 from workbench.data.row_sources import SPLITS, read_source
 
 
@@ -69,6 +70,7 @@ def load_dataset(
     allow_special_tokens: bool = False,
     valid_fraction: float = 0.1,
     seed: int = 0,
+    provenance: str | None = None,
 ) -> Dataset:
     """Read and tokenise a data set.
 
@@ -81,6 +83,8 @@ def load_dataset(
         allow_special_tokens: whether those that messages spell act, see `encode_row`.
         valid_fraction: share of the rows that validate, of what comes without splits.
         seed: of that split.
+        provenance: what happens to a row without `authority_weight` or `provenance_entropy`: None
+            leaves it so, "score" and "refuse" are those of `add_provenance`.
 
     Raises:
         DataError: nothing there, or a row that cannot be trained on; names the line or the row.
@@ -94,8 +98,11 @@ def load_dataset(
         train_on=train_on,
         allow_special_tokens=allow_special_tokens,
     )
+    splits = found.splits
+    if provenance is not None:
+        splits = {split: with_provenance(rows, provenance) for split, rows in splits.items()}
     encoded = {
-        split: [encode(row, where=place) for place, row in found.splits.get(split, ())]
+        split: [encode(row, where=place) for place, row in splits.get(split, ())]
         for split in SPLITS
     }
     return Dataset(found.name, **encoded, allow_special_tokens=allow_special_tokens)

@@ -68,7 +68,7 @@ def read_source(
     else:
         # As many as leave `limit` rows after some have gone to validation.
         most = None if limit is None else math.ceil(limit / (1 - valid_fraction))
-        name, splits = _name_of(source), _split(_read(source, most), valid_fraction, seed)
+        name, splits = _name_of(source), _split(read_records(source, most), valid_fraction, seed)
     splits["train"] = splits["train"][:limit]
     return SourceRows(name, splits)
 
@@ -121,7 +121,7 @@ def _from_splits(source: Mapping[str, object], limit: int | None) -> dict[str, R
                 cure="Give one split, as data['train_prefs'], or those you mean by their "
                 "names: {'train': …, 'valid': …, 'test': …}.",
             )
-        splits[split] = _read(part, limit, f"{key} ")
+        splits[split] = read_records(part, limit, f"{key} ")
     if "train" not in splits:
         raise DataError("has no split 'train'", where=_name_of(source))
     return splits
@@ -134,8 +134,18 @@ def _split(rows: Rows, valid_fraction: float, seed: int) -> dict[str, Rows]:
     return {"train": [rows[i] for i in train], "valid": [rows[i] for i in valid]}
 
 
-def _read(source: object, most: int | None, split: str = "") -> Rows:
-    """The rows of what lies in memory or is streamed, by their numbers from 0."""
+def read_records(source: object, most: int | None = None, split: str = "") -> Rows:
+    """The rows of what lies in memory or is streamed, by their numbers from 0.
+
+    Args:
+        source: a pandas frame, a `datasets.Dataset` or `IterableDataset`, or a list of mappings.
+        most: rows that are read of a stream; None for a source that has an end.
+        split: put before each row's number, with a blank.
+
+    Raises:
+        DataError: no rows, or one that cannot be read; names the row.
+        ConfigError: a stream comes without `most`.
+    """
     rows: Rows = []
     records = _records(source, most)
     try:

@@ -89,18 +89,27 @@ def _number_of(
     value = row.get(key)
     if value is None:
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # The comparison refuses NaN, and a whole number that no float holds.
-    if is_number and lowest <= value <= min(highest, sys.float_info.max):
+    if is_number(value) and lowest <= value <= min(highest, sys.float_info.max):
         return float(value)
-    span = f"from {lowest:g} to {highest:g}" if highest < math.inf else f"finite, from {lowest:g}"
-    shown = isinstance(value, float) or (is_number and abs(value) < 10**15)
-    got = repr(value) if shown else type(value).__name__
+    bounded = f"a number from {lowest:g} to {highest:g}"
+    span = bounded if highest < math.inf else f"a finite number from {lowest:g}"
     raise DataError(
-        f"{key!r} must be a number {span}, got {got}",
+        f"{key!r} must be {span}, got {shown(value)}",
         where=where,
         cure="Leave it out, and add_provenance scores the text.",
     )
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a whole number or a float; True and False are neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """A number for a message, anything else by its type."""
+    short = isinstance(value, float) or (is_number(value) and abs(value) < 10**15)
+    return repr(value) if short else type(value).__name__
 
 
 def can_be_encoded(text: str) -> bool:
