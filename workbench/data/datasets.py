@@ -81,10 +81,8 @@ def load_dataset(
         max_length: tokens of a row that are kept; `Dataset.truncated` counts the rows cut.
         train_on: targets of a chat, see `encode_row`.
         allow_special_tokens: whether those that messages spell act, see `encode_row`.
-        valid_fraction: share of the rows that validate, of what comes without splits.
-        seed: of that split.
-        provenance: what happens to a row without `authority_weight` or `provenance_entropy`: None
-            leaves it so, "score" and "refuse" are those of `add_provenance`.
+        valid_fraction, seed: share of the rows that validate, drawn where there are no splits.
+        provenance: of rows that say none: "score", "refuse" (see `add_provenance`), None: as is.
 
     Raises:
         DataError: nothing there, or a row that cannot be trained on; names the line or the row.
@@ -93,16 +91,12 @@ def load_dataset(
     found = read_source(source, limit, valid_fraction, seed)
     encode = functools.partial(
         encode_row,
-        tokenizer=tokenizer,
         max_length=max_length,
         train_on=train_on,
         allow_special_tokens=allow_special_tokens,
     )
-    splits = found.splits
-    if provenance is not None:
-        splits = {split: with_provenance(rows, provenance) for split, rows in splits.items()}
     encoded = {
-        split: [encode(row, where=place) for place, row in splits.get(split, ())]
-        for split in SPLITS
+        split: [encode(row, tokenizer, where=at) for at, row in with_provenance(rows, provenance)]
+        for split, rows in found.splits.items()
     }
     return Dataset(found.name, **encoded, allow_special_tokens=allow_special_tokens)

@@ -85,17 +85,26 @@ def encode_row(
         DataError: the row has no known format, wrong types, an unknown role, no target, or
             provenance out of range.
     """
-    provenance = provenance_of(row, where)
     if train_on not in TRAIN_ON:
         raise ConfigError(f"train_on {train_on!r} is unknown", cure=f"Use one of {TRAIN_ON}.")
     check_whole("max_length", max_length, 2)
+    encoded = _encode(row, tokenizer, train_on, allow_special_tokens, where)
+    return replace(_cut(*encoded, max_length, where), **provenance_of(row, where))
+
+
+def _encode(
+    row: Mapping[str, object],
+    tokenizer: PreTrainedTokenizerBase,
+    train_on: str,
+    allow_special_tokens: bool,
+    where: str,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Tokens, which of them are trained, and how many special tokens the row's chat spells."""
     if "messages" in row or "prompt" in row or "completion" in row:
-        chat = _encode_chat(row, tokenizer, train_on, allow_special_tokens, where)
-        return replace(_cut(*chat, max_length, where), **provenance)
+        return _encode_chat(row, tokenizer, train_on, allow_special_tokens, where)
     if "text" in row:
         tokens = _encode_text(text_of(row, "text", where), tokenizer, where)
-        example = _cut(tokens, np.ones(len(tokens), dtype=bool), 0, max_length, where)
-        return replace(example, **provenance)
+        return tokens, np.ones(len(tokens), dtype=bool), 0
     raise DataError(
         f"has none of the known keys (it has {_named(row)})",
         where=where,
@@ -141,7 +150,7 @@ def _encode_chat(
     allow_special_tokens: bool,
     where: str,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Tokens of a chat, which of them are trained, and how many special tokens its texts spell."""
+    """What `_encode` gives, of a chat."""
     messages = check_messages(row["messages"], where) if "messages" in row else _pair(row, where)
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):

@@ -142,8 +142,10 @@ def add_provenance(
     return [{**row, **own} for row, own in zip(rows, values)]
 
 
-def with_provenance(rows: Rows, missing: str) -> Rows:
-    """`add_provenance` of rows that have their places with them."""
+def with_provenance(rows: Rows, missing: str | None) -> Rows:
+    """`add_provenance` of rows that have their places with them; None leaves them as they are."""
+    if missing is None:
+        return rows
     return [(where, {**row, **own}) for (where, row), own in zip(rows, _complete(rows, missing))]
 
 
