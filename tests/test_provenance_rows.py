@@ -96,6 +96,7 @@ def test_rows_get_what_they_lack_and_keep_what_they_have():
     ]
     assert found[1] == BARE | dict(zip(KEYS, (score.authority_weight, score.provenance_entropy)))
     assert "authority_weight" not in BARE  # the rows given are as they were
+    assert add_provenance([BARE | dict.fromkeys(KEYS)]) == found[1:2]
     assert add_provenance(found) == found
 
 

@@ -64,6 +64,16 @@ LINES = {  # the second line of a file, and what the error says
     "no known key": (line({"Text": "a", "\x1b[1m": "b"}), r"\(it has 'Text', '\\x1b\[1m'\)"),
     "ten thousand unknown keys": (line({str(n): n for n in range(10_000)}), "none of the known"),
     "a text that is a list": (line({"text": ["a"]}), "'text' must be a string, got list"),
+    "an authority above its range": (
+        line({"text": "a", "authority_weight": 1}),
+        "'authority_weight' must be a number from 0 to 0.99, got 1",
+    ),
+    "an authority that is true": (line({"text": "a", "authority_weight": True}), "got bool"),
+    "an entropy below nought": (line({"text": "a", "provenance_entropy": -1}), "got -1"),
+    "an entropy that no float holds": (
+        line({"text": "a", "provenance_entropy": 10**400}),
+        "'provenance_entropy' must be a finite number from 0, got int",
+    ),
     "a text of nothing": (line({"text": ""}), "no supervised token"),
     "a prompt alone": (line({"prompt": "a"}), "'completion' must be a string"),
     "a completion that is a number": (line({"prompt": "a", "completion": 4}), "'completion' must"),

@@ -182,14 +182,13 @@ def _tokens(text: str) -> list[str]:
     start = text[:MAX_CHARACTERS]
     plain = start if start.isascii() else unicodedata.normalize("NFC", start)
     tokens = TOKEN.findall(plain.casefold())
-    following = text[MAX_CHARACTERS : MAX_CHARACTERS + 1]
-    if (
-        tokens
-        and start[-1].isalnum()
-        and (following.isalnum() or unicodedata.combining(following or " "))
-    ):
-        tokens.pop()  # its letters go on: "who|le"
+    if tokens and start[-1].isalnum() and _goes_on(text[MAX_CHARACTERS : MAX_CHARACTERS + 1]):
+        tokens.pop()  # "who|le"
     return tokens
+
+
+def _goes_on(following: str) -> bool:
+    return following.isalnum() or (following != "" and unicodedata.combining(following) > 0)
 
 
 def _line(tokens: list[str]) -> str:
