@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from workbench.data import chats
 from workbench.errors import ConfigError, DataError, check_number, check_whole
-from workbench.models.llama import Llama
+from workbench.models.decoder import Decoder
 from workbench.models.loading import BaseModel, embedding_rows
 
 # Prompt tokens that go through the network at once. Attention computes the scores of a whole chunk
@@ -86,7 +86,7 @@ def generate_answers(
     answers: list[list[int]] = [[] for _ in encoded]
     longest = room(base) - sampling.max_tokens
     lengths = [len(ids) for ids in encoded]
-    for rows in _batches(lengths, batch_size, longest if isinstance(base.model, Llama) else 0):
+    for rows in _batches(lengths, batch_size, longest if isinstance(base.model, Decoder) else 0):
         for step in generate_tokens(base, [encoded[row] for row in rows], sampling):
             for row, token in zip(rows, step):
                 if token is not None:
@@ -157,7 +157,7 @@ def generate_tokens(
 ) -> Iterator[list[int | None]]:
     """Decode a batch of token prompts; yields one step's tokens, None for rows that have ended.
 
-    Rows of different lengths are padded on the left, which only our own Llama understands;
+    Rows of different lengths are padded on the left, which only our own networks understand;
     for other models the prompts must be of one length.
     """
     longest = max(len(ids) for ids in prompts)
@@ -232,7 +232,7 @@ class _Decoder:
         self.model, self.padding = model, mx.array(missing) if any(missing) else None
         self.tokens = mx.array([[0] * gap + list(ids) for gap, ids in zip(missing, prompts)])
         self.rows = list(range(len(prompts)))  # prompts that are still in the batch
-        if isinstance(model, Llama):
+        if isinstance(model, Decoder):
             self.cache = model.make_cache(capacity)
         else:
             from mlx_lm.models.cache import make_prompt_cache
@@ -255,7 +255,7 @@ class _Decoder:
             running: prompts that have not ended; the others may be dropped from `rows`.
         """
         num_ended = len(self.rows) - len(running)
-        if num_ended >= DROP_SHARE * len(self.rows) and isinstance(self.model, Llama):
+        if num_ended >= DROP_SHARE * len(self.rows) and isinstance(self.model, Decoder):
             kept = [place for place, row in enumerate(self.rows) if row in running]
             tokens = tokens[mx.array(kept)]
             self._keep(kept)
@@ -270,7 +270,7 @@ class _Decoder:
             self.padding = self.padding[index]
 
     def _forward(self, tokens: mx.array) -> mx.array:
-        if isinstance(self.model, Llama):
+        if isinstance(self.model, Decoder):
             hidden_states = self.model.backbone(tokens, self.cache, self.padding)
             return self.model.head(hidden_states[:, -1])
         return self.model(tokens, cache=self.cache)[:, -1]

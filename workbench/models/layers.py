@@ -135,34 +135,34 @@ def _project_gradients(primals: tuple, flow: mx.array, output: mx.array) -> tupl
     return flow @ weight, flow.reshape(-1, flow.shape[-1]).T @ rows
 
 
-class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023): a key/value head serves H / KV query heads."""
+class RotaryAttention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023): a key/value head serves H / KV query heads.
 
-    def __init__(self, config):
+    Between the projections, which a network names as its checkpoints do: heads, rotary positions,
+    the KV cache.
+
+    Args:
+        config: with num_attention_heads, num_key_value_heads and head_dim.
+        rope: rotates queries and keys.
+    """
+
+    def __init__(self, config: object, rope: RotaryEmbedding):
         super().__init__()
-        dim, head_dim = config.hidden_size, config.head_dim
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.scale = head_dim**-0.5
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(dim, self.num_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(dim, self.num_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(dim, self.num_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * head_dim, dim, bias=bias)
-        self.rope = RotaryEmbedding(
-            head_dim, config.rope_theta, config.max_position_embeddings, config.rope_scaling
-        )
+        self.scale, self.rope = config.head_dim**-0.5, rope
 
-    def __call__(
+    def attended(
         self,
-        x: mx.array,
         mask: mx.array | str | SharedPrompt | None,
-        cache: KVCache | None = None,
+        cache: KVCache | None,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
     ) -> mx.array:
-        """x (B, T, hidden_size) → the same shape."""
-        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        """Projected (B, T, heads · head_dim) of each → that of the queries."""
         if isinstance(mask, SharedPrompt):
-            return self.o_proj(self._attend_shared(mask, *projected))
-        return self.o_proj(self._attend(mask, cache, *projected))
+            return self._attend_shared(mask, queries, keys, values)
+        return self._attend(mask, cache, queries, keys, values)
 
     def _attend(
         self,
@@ -203,6 +203,32 @@ class Attention(nn.Module):
     def _heads(self, x: mx.array, count: int) -> mx.array:
         B, T, _ = x.shape
         return x.reshape(B, T, count, -1).swapaxes(1, 2)
+
+
+class Attention(RotaryAttention):
+    """A Llama's attention: its projections under Hugging Face's names."""
+
+    def __init__(self, config):
+        rope = RotaryEmbedding(
+            config.head_dim, config.rope_theta, config.max_position_embeddings, config.rope_scaling
+        )
+        super().__init__(config, rope)
+        dim, bias = config.hidden_size, config.attention_bias
+        queries, keys = (n * config.head_dim for n in (self.num_heads, self.num_kv_heads))
+        self.q_proj = nn.Linear(dim, queries, bias=bias)
+        self.k_proj = nn.Linear(dim, keys, bias=bias)
+        self.v_proj = nn.Linear(dim, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, dim, bias=bias)
+
+    def __call__(
+        self,
+        x: mx.array,
+        mask: mx.array | str | SharedPrompt | None,
+        cache: KVCache | None = None,
+    ) -> mx.array:
+        """x (B, T, hidden_size) → the same shape."""
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.o_proj(self.attended(mask, cache, *projected))
 
 
 def at_places(x: mx.array, places: mx.array) -> mx.array:

@@ -26,13 +26,20 @@ class RotaryEmbedding:
         base: `rope_theta`; period[i] = base ** (2 i / dims).
         max_positions: positions beyond this raise.
         scaling: the config's `rope_scaling`: none, `linear`, or `llama3`.
+        backwards: rotate by the negative of the angle, as nanochat's weights expect.
     """
 
     def __init__(
-        self, dims: int, base: float, max_positions: int, scaling: Mapping[str, object] | None
+        self,
+        dims: int,
+        base: float,
+        max_positions: int,
+        scaling: Mapping[str, object] | None,
+        backwards: bool = False,
     ):
         self.dims, self.max_positions = dims, max_positions
-        self.periods, self.scale = rope_periods(dims, base, scaling)
+        self.periods, scale = rope_periods(dims, base, scaling)
+        self.scale = -scale if backwards else scale
         mx.eval(self.periods)  # a lazy array belongs to the thread that made it
         self._kept: tuple[int, mx.array] | None = None  # a position and its rotation (D, D)
 
@@ -85,9 +92,8 @@ def rope_periods(
         ConfigError: an unknown kind of scaling, or one of its numbers is missing.
     """
     periods = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
-    scaling = scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind in ("default", None):
+    kind, scaling = rope_kind(scaling), scaling or {}
+    if kind == "default":
         return periods, 1.0
     if kind == "linear":
         return periods, 1.0 / _scaling_number(scaling, "factor")
@@ -98,6 +104,13 @@ def rope_periods(
         where="config.json: rope_scaling",
         cure="Supported are: default, linear, llama3.",
     )
+
+
+def rope_kind(scaling: Mapping[str, object] | None) -> object:
+    """The name of a config's `rope_scaling`, "default" if it stretches nothing."""
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    return "default" if kind is None else kind
 
 
 def _llama3_periods(periods: mx.array, scaling: Mapping[str, object]) -> mx.array:

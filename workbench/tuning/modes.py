@@ -10,8 +10,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from workbench.errors import ConfigError
+from workbench.models.decoder import Decoder
 from workbench.models.layers import HeadLinear
-from workbench.models.llama import Llama
 from workbench.models.loading import BaseModel
 from workbench.models.partial_runs import paths_above
 from workbench.models.structure import module_at
@@ -78,10 +78,10 @@ def untie_head(base: BaseModel) -> None:
     It can then be trained by itself, or adapted. What is exported afterwards is not tied either.
 
     Raises:
-        ConfigError: the network is not our Llama.
+        ConfigError: the network is none of ours.
     """
     model = base.model
-    if not isinstance(model, Llama):
+    if not isinstance(model, Decoder):
         raise ConfigError(f"cannot untie the head of a {type(model).__name__}")
     if not model.config.tie_word_embeddings:
         return
