@@ -12,6 +12,8 @@ from workbench.models.files import read_json
 from workbench.models.llama import Llama
 from workbench.models.llama_config import LlamaConfig
 from workbench.models.loading import BaseModel
+from workbench.models.nanochat import NanoChat
+from workbench.models.rope import rope_kind
 
 GENERATION_NAME = "generation_config.json"
 NOT_OURS = {  # of the base's config.json: they say of its files what is not so of ours
@@ -31,9 +33,9 @@ def export_config(
 ) -> dict[str, object]:
     """What config.json says of the exported weights.
 
-    A Llama's says every dimension, in the words that transformers and mlx-lm have in common:
-    mlx-lm reads rope_theta and rope_scaling, not the rope_parameters of transformers 5, and the
-    two have different defaults for tie_word_embeddings.
+    For a network of ours it says every dimension; for a Llama, in the words that transformers and
+    mlx-lm have in common: mlx-lm reads rope_theta and rope_scaling, not the rope_parameters of
+    transformers 5, and the two have different defaults for tie_word_embeddings.
     """
     config = {key: value for key, value in base.raw_config.items() if key not in NOT_OURS}
     if isinstance(base.model, Llama):
@@ -41,6 +43,8 @@ def export_config(
         config |= _llama(base.config)
         config.setdefault("architectures", [CLASSES[base.config.model_type]])
         config.setdefault("hidden_act", "silu")
+    elif isinstance(base.model, NanoChat):
+        config |= dataclasses.asdict(base.config)
     config["dtype"] = _main_dtype(weights)
     config |= {name: number for name, number in _tokens(base).items() if number is not None}
     if quantization is not None:
@@ -51,11 +55,11 @@ def export_config(
 
 def _llama(config: LlamaConfig) -> dict[str, object]:
     scaling = dict(config.rope_scaling or {})
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = rope_kind(scaling)
     scaling.pop("rope_theta", None)
     return {
         **dataclasses.asdict(config),
-        "rope_scaling": None if kind in ("default", None) else scaling,
+        "rope_scaling": None if kind == "default" else scaling,
     }
 
 

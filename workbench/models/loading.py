@@ -16,12 +16,15 @@ from workbench.backend import default_dtype, on_gpu
 from workbench.errors import ConfigError, WeightsError
 from workbench.machine import machine_memory
 from workbench.models import gguf_llama
+from workbench.models.decoder import Decoder
 from workbench.models.files import read_safetensors, read_weights, write_safetensors
 from workbench.models.filling import cast, fill
 from workbench.models.foreign import build_with_mlx_lm
 from workbench.models.llama import Llama
 from workbench.models.llama_config import LlamaConfig
 from workbench.models.model_config import check_end_tokens, read_config
+from workbench.models.nanochat import NanoChat
+from workbench.models.nanochat_config import NanoChatConfig
 from workbench.models.quantisation import dequantise, quantise_like_file
 from workbench.models.quantisation import quantise as quantise_network
 from workbench.models.report import LoadReport, compare
@@ -31,7 +34,11 @@ from workbench.numerics import not_finite
 
 Quantise = Mapping[str, object] | bool | None
 
-OUR_TYPES = ("llama", "mistral")  # model_type of the checkpoints that become our Llama
+OURS = {  # model_type of a checkpoint → what it becomes, and of which dimensions
+    "llama": (Llama, LlamaConfig),
+    "mistral": (Llama, LlamaConfig),
+    "nanochat": (NanoChat, NanoChatConfig),
+}
 
 
 @dataclass
@@ -66,7 +73,7 @@ def load_model(
 ) -> BaseModel:
     """Load a causal language model.
 
-    Llama-family checkpoints become our `Llama`; mlx-lm builds any other architecture it knows.
+    Checkpoints of the Llama family and nanochat's become networks of ours; mlx-lm builds others.
 
     Args:
         source: built-in name (`smollm2-135m`), folder, .gguf file, or Hugging Face hub id.
@@ -76,7 +83,7 @@ def load_model(
             over.
         quantise: {"bits": 4, "group_size": 64} quantises what is loaded; True keeps what the file
             has quantised. None does so on a GPU; on a CPU, where products of float32 are tens of
-            times faster, a Llama's become plain numbers.
+            times faster, those of a network of ours become plain numbers.
 
     Raises:
         SourceError, FileFormatError, ConfigError, WeightsError, TokenizerError: each names the
@@ -149,7 +156,7 @@ def _load_gguf(
             cure='Quantise on load: quantise={"bits": 4, "group_size": 32}.',
         )
     checkpoint = gguf_llama.read(path, dtype or mx.float16)
-    config = _llama_config(checkpoint.config, path)
+    config = _dimensions(LlamaConfig, checkpoint.config, path)
     check_end_tokens(checkpoint.config, path)
     words = load_tokenizer(tokenizer) if tokenizer else gguf_tokenizer(checkpoint.metadata, path)
     check_tokenizer(words, config.vocab_size, path)
@@ -164,9 +171,11 @@ def _load_gguf(
     return BaseModel(model, words, config, report, "", path, checkpoint.config)
 
 
-def _llama_config(raw_config: Mapping[str, object], file: Path) -> LlamaConfig:
+def _dimensions(
+    kind: type[LlamaConfig | NanoChatConfig], raw_config: Mapping[str, object], file: Path
+) -> LlamaConfig | NanoChatConfig:
     try:
-        return LlamaConfig.from_dict(raw_config)
+        return kind.from_dict(raw_config)
     except ConfigError as error:
         where = error.where.replace("config.json", str(file), 1)
         raise ConfigError(error.what, where=where, cure=error.cure) from None
@@ -177,7 +186,7 @@ def _load_folder(
 ) -> BaseModel:
     raw_config = read_config(path)
     if _is_ours(raw_config):
-        model, config, report = _build_llama(path, raw_config, dtype, keep_quantised or on_gpu())
+        model, config, report = _build(path, raw_config, dtype, keep_quantised or on_gpu())
     else:
         model, config, report = build_with_mlx_lm(path, raw_config, dtype)
     if report.complete:
@@ -191,16 +200,17 @@ def _load_folder(
 def _is_ours(config: Mapping[str, object]) -> bool:
     foreign_quantisation = "quantization_config" in config and "quantization" not in config
     other = any(config.get(name) for name in ("sliding_window", "rope_traditional"))
-    return config["model_type"] in OUR_TYPES and not other and not foreign_quantisation
+    return config["model_type"] in OURS and not other and not foreign_quantisation
 
 
-def _build_llama(
+def _build(
     path: Path, raw_config: dict[str, object], dtype: mx.Dtype | None, keep_quantised: bool
-) -> tuple[nn.Module, LlamaConfig, LoadReport]:
-    config = _llama_config(raw_config, path / "config.json")
+) -> tuple[Decoder, LlamaConfig | NanoChatConfig, LoadReport]:
+    network, kind = OURS[raw_config["model_type"]]
+    config = _dimensions(kind, raw_config, path / "config.json")
     weights = read_weights(path)
     file_dtypes = {name: str(w.dtype).removeprefix("mlx.core.") for name, w in weights.items()}
-    model, notes = Llama(config), []
+    model, notes = network(config), []
     quantization = raw_config.get("quantization")
     if isinstance(quantization, dict) and keep_quantised:
         quantise_like_file(model, quantization, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,7 +11,8 @@ from mlx.utils import tree_flatten
 
 from workbench.data.batches import Batch
 from workbench.errors import ConfigError
-from workbench.models.llama import DecoderLayer, Llama
+from workbench.models.decoder import Decoder
+from workbench.models.nanochat import NanoChat, NanoChatLayer
 from workbench.models.shared_prompt import find_shared_prompt
 from workbench.tuning.lora_layers import LoRALinear, linear_dims
 
@@ -47,7 +49,7 @@ def step_flops(
     Raises:
         ConfigError: the model's products are not known.
     """
-    if not isinstance(model, Llama):
+    if not isinstance(model, Decoder):
         raise ConfigError(f"the products of a {type(model).__name__} are not known")
     counts = [_Products(batch, shared).of_step(model, first_layer) for batch in batches]
     return sum(counts)
@@ -64,35 +66,31 @@ class _Products:
         self.squares = common**2 + rows * (length - common) * length
         self.supervised, self.total = batch.num_tokens, 0
 
-    def of_step(self, model: Llama, first_layer: int) -> int:
+    def of_step(self, model: Decoder, first_layer: int) -> int:
         """All that a forward and a backward pass take."""
-        grows = _trains(model.model.embed_tokens) and not first_layer
+        embedding, norm, head = _outside_layers(model)
+        grows = _trains(embedding) and not first_layer
         for layer in model.layers[first_layer:]:
             grows = self.of_layer(layer, grows, is_last=layer is model.layers[-1])
-        grows = grows or _trains(model.model.norm)
-        tied = model.config.tie_word_embeddings
-        weight_trains = _trains(model.model.embed_tokens if tied else model.lm_head)
+        grows = grows or _trains(norm)
         width = model.config.hidden_size
         vocab = model.head(mx.zeros((1, width))).shape[-1]  # not evaluated
-        self.add(2 * self.supervised * width * vocab, grows, weight_trains)
+        self.add(2 * self.supervised * width * vocab, grows, _trains(head))
         return self.total
 
-    def of_layer(self, layer: DecoderLayer, grows: bool, is_last: bool) -> bool:
+    def of_layer(self, layer: nn.Module, grows: bool, is_last: bool) -> bool:
         """A decoder layer; returns whether its output needs a gradient."""
-        attention, mlp, here = layer.self_attn, layer.mlp, self.positions
-        inputs = grows or _trains(layer.input_layernorm)
-        queries = self.linear(attention.q_proj, inputs, here)
-        keys = self.linear(attention.k_proj, inputs, here)
-        values = self.linear(attention.v_proj, inputs, here)
-        head_dim = linear_dims(_plain(attention.q_proj))[1] // attention.num_heads
-        squares = 2 * attention.num_heads * self.squares * head_dim
+        parts, here = _parts(layer), self.positions
+        inputs = grows or _trains(parts.norm)
+        queries, keys, values = (self.linear(each, inputs, here) for each in parts.projections)
+        squares = 2 * self.squares * linear_dims(_plain(parts.projections[0]))[1]
         self.add(squares, queries, keys)
         self.add(squares, queries or keys, values)
-        grows = self.linear(attention.o_proj, queries or keys or values, here) or grows
+        grows = self.linear(parts.output, queries or keys or values, here) or grows
         here = self.supervised if is_last else here
-        inputs = grows or _trains(layer.post_attention_layernorm)
-        gate, up = self.linear(mlp.gate_proj, inputs, here), self.linear(mlp.up_proj, inputs, here)
-        return self.linear(mlp.down_proj, gate or up, here) or grows
+        inputs = grows or _trains(parts.second_norm)
+        inner = [self.linear(each, inputs, here) for each in parts.inner]
+        return self.linear(parts.outer, any(inner), here) or grows
 
     def linear(self, module: nn.Module, grows: bool, positions: int) -> bool:
         """A linear layer at so many positions; returns whether its output needs a gradient."""
@@ -114,8 +112,38 @@ class _Products:
         self.total += flops * (1 + sum(map(bool, factors_grow)))
 
 
-def _trains(module: nn.Module) -> bool:
-    return bool(tree_flatten(module.trainable_parameters()))
+class _Parts(NamedTuple):
+    """The modules of a decoder layer in the order of their use; None for a norm without weights."""
+
+    norm: nn.Module | None
+    projections: tuple[nn.Module, ...]  # queries, keys, values: (…, heads · head_dim)
+    output: nn.Module
+    second_norm: nn.Module | None
+    inner: tuple[nn.Module, ...]
+    outer: nn.Module
+
+
+def _parts(layer: nn.Module) -> _Parts:
+    if isinstance(layer, NanoChatLayer):
+        attn, mlp = layer.attn, layer.mlp
+        projections = attn.c_q, attn.c_k, attn.c_v
+        return _Parts(None, projections, attn.c_proj, None, (mlp.c_fc,), mlp.c_proj)
+    attn, mlp = layer.self_attn, layer.mlp
+    projections, inner = (attn.q_proj, attn.k_proj, attn.v_proj), (mlp.gate_proj, mlp.up_proj)
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    return _Parts(norms[0], projections, attn.o_proj, norms[1], inner, mlp.down_proj)
+
+
+def _outside_layers(model: Decoder) -> tuple[nn.Module, nn.Module | None, nn.Module]:
+    """Embedding, final norm and head."""
+    if isinstance(model, NanoChat):
+        return model.transformer.wte, None, model.lm_head
+    embedding = model.model.embed_tokens
+    return embedding, model.model.norm, model.get("lm_head", embedding)
+
+
+def _trains(module: nn.Module | None) -> bool:
+    return module is not None and bool(tree_flatten(module.trainable_parameters()))
 
 
 def _plain(module: nn.Module) -> nn.Module:
