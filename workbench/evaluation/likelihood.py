@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from workbench.data import chats
+from workbench.data import chats, texts
 from workbench.data.batches import Batch, collate
 from workbench.data.examples import Example
 from workbench.data.rows import can_be_encoded
@@ -99,19 +99,8 @@ def encode_pair(base: BaseModel, prompt: Prompt, continuation: str, where: str =
 
 
 def first_token(base: BaseModel, where: str = "prompt") -> int:
-    """The token that the first token of a text is conditioned on: begin of text, or else its end.
-
-    Raises:
-        DataError: the tokenizer has neither.
-    """
-    for token in (base.tokenizer.bos_token_id, base.tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise DataError(
-        "the tokenizer has no token that a text begins with",
-        where=where,
-        cure="Give a prompt that is not empty.",
-    )
+    """The token that a text's first is conditioned on; raises DataError if there is none."""
+    return texts.first_token(base.tokenizer, where)
 
 
 def score_rows(base: BaseModel, rows: Sequence[Example], batch_size: int = 16) -> list[TokenScores]:

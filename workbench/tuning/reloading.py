@@ -27,7 +27,7 @@ def reload_frozen(base: BaseModel, optimizer: optim.Optimizer) -> None:
     trainable = {name for name, _ in tree_flatten(model.trainable_parameters())}
     dtype = _floating_dtype(model)
     before = {n: digest for n, digest in fingerprint(model).items() if n not in trainable}
-    if not base.path.exists():
+    if before and not base.path.exists():
         raise TrainingError(
             f"the base model cannot be reloaded: {base.path} is gone",
             cure="Load the model from files that stay, or set reload_every and "
@@ -36,6 +36,8 @@ def reload_frozen(base: BaseModel, optimizer: optim.Optimizer) -> None:
     model.update(tree_map(_placeholder, model.parameters()))
     optimizer.state = tree_map(_placeholder, optimizer.state)
     release_memory()
+    if not before:  # all of it trains, and comes back from the checkpoint
+        return
     loaded = load_model(base.path, dtype=dtype, quantise=base.quantise)
     fresh = dict(tree_flatten(loaded.model.parameters()))
     del loaded
