@@ -44,9 +44,10 @@ def test_a_batch_has_a_column_where_every_row_has_a_value(tokenizer):
     assert both.authority_weight.tolist() == [0.0, 0.9]
     assert both.provenance_entropy.tolist() == [7.5, 0.0]
     assert both.authority_weight.dtype == both.provenance_entropy.dtype == np.float64
-    some = collate(examples, [2, 1])
-    assert some.authority_weight.tolist() == [0.9, 0.0]
-    assert some.provenance_entropy is None
+    for rows, weights in (([2, 1], [0.9, 0.0]), ([1, 2], [0.0, 0.9])):
+        some = collate(examples, rows)
+        assert some.authority_weight.tolist() == weights
+        assert some.provenance_entropy is None
 
 
 def test_pairs_carry_none():

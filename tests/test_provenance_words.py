@@ -51,6 +51,14 @@ def test_institutions_are_found_by_whole_words_in_any_case(words, text, mark):
     assert words.find(text).institution == mark
 
 
+def test_of_many_institutions_the_largest_mark_counts(tmp_path):
+    offices = {f"office{place}": 0.01 * place for place in range(1, 20)}
+    words = read_words(write_lists(tmp_path / "words.json", institutions=offices))
+    for last in range(1, len(offices) + 1):
+        named = list(offices)[:last]
+        assert words.find(" ".join(named)).institution == offices[named[-1]]
+
+
 def test_phrases_count_once_and_source_types_as_often_as_they_stand(words):
     found = words.find("Diary, diary, DIARY: I saw it. Letter letter letters map. A text book.")
     assert (found.primary, found.consensus, found.variety) == (2, 0, 0)
@@ -96,6 +104,7 @@ def test_a_word_that_the_end_of_reading_cuts_does_not_count(words, tail):
     assert words.find(f"{start} and more").institution == 0.35
     assert words.find(start + tail).institution == 0
     assert words.find(f" {start}").institution == 0
+    assert words.find(f"{start[:-3]}    who is it").institution == 0
 
 
 def test_the_packages_own_lists_are_read_once():
@@ -134,7 +143,7 @@ MANY = [f"word {number}" for number in range(provenance_words.MAX_PHRASES + 1)]
         ({"source_types": {"a": ["map"], "b": ["MAP"]}}, "'MAP' and 'map', which are the same"),
         ({"institutions": {"who": 0.36}}, "the mark of 'who' must be a number from 0 to 0.35"),
         ({"institutions": {"who": -0.1}}, "the mark of 'who'"),
-        ({"institutions": {"who": True}}, "the mark of 'who'"),
+        ({"institutions": {"who": False}}, "the mark of 'who'"),
         ({"institutions": {"who": "0.3"}}, "the mark of 'who'"),
         ({"institutions": {"who": float("nan")}}, "the mark of 'who'"),
         ({"variety": MANY}, "has more than 5000 phrases"),
