@@ -317,6 +317,20 @@ def test_check_model_finds_nothing_wrong():
         assert report.status(heading) == "ok", report
 
 
+def test_check_model_sees_through_the_zeros_of_the_start():
+    base = nanochat_base()
+    mx.random.seed(1)
+    base.model = NanoChat(base.config)
+    before = wb.fingerprint(base.model)
+    report = wb.check_model(base)
+    assert report.ok, report
+    for heading in ("causality", "position order", "position offset", "gradients", "softcap"):
+        assert report.status(heading) == "ok", report
+    assert "4 matrices of zeros" in str(report)
+    assert wb.fingerprint(base.model) == before
+    assert wb.check_model(base.model, reference=base.model).ok
+
+
 class Uncapped(NanoChat):
     def head(self, hidden_states):
         return self.lm_head(hidden_states)

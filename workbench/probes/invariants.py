@@ -10,7 +10,7 @@ import mlx.nn as nn
 from workbench.errors import ConfigError
 from workbench.models.loading import BaseModel
 from workbench.models.report import LoadReport
-from workbench.probes.findings import CheckReport, Finding, failed, not_applicable
+from workbench.probes.findings import CheckReport, Finding, failed, not_applicable, passed
 from workbench.probes.model_checks.caches import check_cache
 from workbench.probes.model_checks.gradients import check_gradients
 from workbench.probes.model_checks.heads import check_grouped_heads
@@ -30,7 +30,13 @@ from workbench.probes.model_checks.parts import (
 from workbench.probes.model_checks.positions import check_offset
 from workbench.probes.model_checks.reference import check_reference
 from workbench.probes.model_checks.sequence import check_batch, check_causality, check_padding
-from workbench.probes.model_checks.subject import CallFailedError, Subject, prepared
+from workbench.probes.model_checks.subject import (
+    CallFailedError,
+    Subject,
+    awakened,
+    prepared,
+    zero_matrices,
+)
 from workbench.probes.model_checks.text import check_text, check_tokenizer
 
 Check = Callable[[Subject], Iterable[Finding]]
@@ -53,6 +59,7 @@ CHECKS: dict[str, Check] = {  # heading → check; some give a second heading
     "tokenizer": check_tokenizer,
     "text": check_text,
 }
+AS_THEY_ARE = ("finite", "dtype", "weights", "tokenizer", "text", "reference")  # the weights
 
 
 def check_model(
@@ -68,7 +75,8 @@ def check_model(
     For any MLX model that is called as `model(tokens)` or `model(tokens, cache=…)` with tokens
     (B, T) and returns logits (B, T, V): ours, mlx-lm's, your own port. What a kind of model does
     not have (RoPE, a KV cache, grouped heads, …) is told apart by its structure and reported as
-    not applicable. Floating-point weights are checked as float32; the model is left as it was.
+    not applicable. Floating-point weights are checked as float32, and random numbers stand
+    in for matrices of zeros, as a network may start with; the model is left as it was.
 
     Args:
         model: the network, or what `load_model` returned (its tokenizer and report come along).
@@ -111,11 +119,16 @@ def _all_findings(subject: Subject, reference: object, skip: Sequence[str]) -> I
     def compare(subject: Subject) -> Iterator[Finding]:
         return check_reference(subject, reference)
 
+    zeros = zero_matrices(subject.model)
+    if zeros:
+        text = f"random numbers stood in for {len(zeros)} matrices of zeros, such as {zeros[0]}"
+        yield passed("zeros", text)
     for heading, check in {**CHECKS, "reference": compare}.items():
         if heading in skip:
             yield not_applicable(heading, "left out by request")
         elif runs or check is check_weights or check is check_tokenizer:
-            yield from _guarded(heading, check, subject)
+            with awakened(subject.model, [] if heading in AS_THEY_ARE else zeros):
+                yield from _guarded(heading, check, subject)
         else:
             yield not_applicable(heading, "the model gives no logits to look at")
 

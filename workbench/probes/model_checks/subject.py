@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from workbench.models.loading import embedding_rows
 from workbench.models.report import LoadReport
@@ -181,6 +181,33 @@ def prepared(model: nn.Module) -> Iterator[Counter]:
                 vars(module).pop("_training", None)
             else:
                 module._training = training
+
+
+def zero_matrices(model: nn.Module) -> list[str]:
+    """Names of the floating-point matrices that hold nothing but zeros; an adapter's are left out.
+
+    Networks often start so where a layer leads back into the residual stream (nanochat's c_proj):
+    nothing that stands before such a matrix can be seen from outside.
+    """
+    named = [(n, a) for n, a in tree_flatten(model.parameters()) if a.ndim > 1 and _floats(a)]
+    return [n for n, a in named if not n.endswith("lora_b") and not a.any().item()]
+
+
+@contextlib.contextmanager
+def awakened(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """These matrices hold random numbers for the length of a `with` block."""
+    held, root = dict(tree_flatten(model.parameters())), mx.random.key(0)
+    zeros = [(name, held[name]) for name in names]
+    keys = mx.random.split(root, len(zeros)) if zeros else ()
+    random = [
+        (name, (mx.random.normal(a.shape, key=key) * a.shape[-1] ** -0.5).astype(a.dtype))
+        for (name, a), key in zip(zeros, keys)
+    ]
+    model.update(tree_unflatten(random))
+    try:
+        yield
+    finally:
+        model.update(tree_unflatten(zeros))
 
 
 def _is_position(path: str, module: nn.Module) -> bool:
