@@ -24,6 +24,7 @@ from workbench.errors import ConfigError, FileFormatError, WeightsError
 from workbench.models.files import read_safetensors, write_safetensors
 from workbench.models.nanochat import NanoChat
 from workbench.models.nanochat_config import NanoChatConfig
+from workbench.models.stand_ins import intercepted
 from workbench.tuning.flops import step_flops
 from workbench.tuning.losses import default_loss, fused_loss, plain_loss, supervised_loss
 from workbench.tuning.prompt_sharing import SharedPromptLoss
@@ -235,6 +236,20 @@ def test_rows_that_begin_alike_and_layers_computed_again(form):
     assert_close(value_and_gradients(SharedPromptLoss(form), model, batch), expected)
     loss, gradients = accumulate(model, form, [batch], 0, True)
     assert_close((loss.item(), dict(tree_flatten(gradients))), expected)
+
+
+def test_the_last_layer_ends_where_it_counts():
+    model, batch = toy_nanochat(), collate(toy_examples([9, 5, 12], prompt=4), range(3))
+    seen = []
+
+    def watched(module, x):
+        seen.append(x.shape)
+        return module(x)
+
+    paths = [f"transformer.h.{number}.mlp" for number in range(2)]
+    with intercepted(model, dict.fromkeys(paths, watched)):
+        mx.eval(supervised_loss(model, batch))
+    assert seen == [(3, 11, 32), (batch.num_tokens, 32)]
 
 
 def trained(base, data=None, objective=None, **settings):
