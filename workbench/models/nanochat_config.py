@@ -70,7 +70,9 @@ class NanoChatConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, object]) -> NanoChatConfig:
-        """Read a config.json as mlx-lm's nanochat does.
+        """Read a config.json as mlx-lm's nanochat does, whose norms have an epsilon of 1e-5.
+
+        What it says of rms_norm_eps is not used, there or here.
 
         Raises:
             ConfigError: a needed key is missing, a number is impossible, or the network is to
