@@ -33,7 +33,9 @@ class Row:
         values = recorded(self.notebook, self.found)
         here = re.sub(r"\{(.+?)\}", lambda match: str(values[match[1]]), self.here)
         name = self.notebook.partition("_")[0]
-        return f"| {self.system} | {self.claim} | {here} | [{name}](notebooks/{self.notebook}.ipynb) |"
+        return (
+            f"| {self.system} | {self.claim} | {here} | [{name}](notebooks/{self.notebook}.ipynb) |"
+        )
 
 
 ROWS = (

@@ -13,6 +13,7 @@ from workbench.backend import describe_backend
 from workbench.data.capitals import all_capitals
 from workbench.data.datasets import load_dataset
 from workbench.data.preferences import load_preferences
+from workbench.data.provenance import add_provenance
 from workbench.evaluation.choices import ChoiceQuestion, multiple_choice
 from workbench.evaluation.generation import generate, stream
 from workbench.evaluation.harness import harness_model
@@ -32,6 +33,8 @@ from workbench.live.profile import draw_profile
 from workbench.live.runs import show_run
 from workbench.models.forms import plain_forms
 from workbench.models.loading import load_model, load_weights, save_weights
+from workbench.models.nanochat import NanoChat
+from workbench.models.nanochat_config import NanoChatConfig
 from workbench.probes.alive import what_is_alive
 from workbench.probes.guard import MemoryGuard
 from workbench.probes.invariants import check_model
@@ -63,6 +66,8 @@ __all__ = [
     "Machine",
     "MemoryGuard",
     "MlxLmRun",
+    "NanoChat",
+    "NanoChatConfig",
     "StepReport",
     "TrainConfig",
     "Trainer",
@@ -70,6 +75,7 @@ __all__ = [
     "accuracy_table",
     "adapter_disabled",
     "add_lora",
+    "add_provenance",
     "all_capitals",
     "ask_capitals",
     "ask_questions",
