@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from tests.toy import VOCAB_SIZE, toy_dataset, toy_model
 from tests.toy_training import RAGGED, FailAt, computed, fail, state_of, toy_trainer
+from workbench.data import batches
 from workbench.data.batches import Batch
 from workbench.errors import ConfigError, TrainingError
 from workbench.live import profile as drawing
@@ -133,8 +134,8 @@ def _(primals, flow, output):
 
 
 def plant_data(monkeypatch):
-    collate = profiling.collate
-    monkeypatch.setattr(profiling, "collate", lambda *a: time.sleep(0.05) or collate(*a))
+    collate = batches.collate
+    monkeypatch.setattr(batches, "collate", lambda *a: time.sleep(0.05) or collate(*a))
     return toy_trainer()
 
 

@@ -22,6 +22,7 @@ class Batch:
     loss_mask: np.ndarray  # (B, T) bool: whether token t is a target
     rows: tuple[int, ...]  # row numbers in the data set
     sides: int = 1  # rows of tokens to a row of the data: 2 of pairs, whose chosen ones come first
+    places: tuple[str, ...] = ()  # file and line of each row, for messages
     authority_weight: np.ndarray | None = None  # (B,) float64; None unless every row has one
     provenance_entropy: np.ndarray | None = None  # (B,) float64, bits; None unless every row has
 
@@ -46,12 +47,12 @@ def collate(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
     for place, example in enumerate(sequences):
         tokens[place, : len(example)] = example.tokens
         loss_mask[place, : len(example)] = example.loss_mask
-    numbers = tuple(int(row) for row in rows)
+    numbers, places = tuple(int(row) for row in rows), tuple(examples[row].where for row in rows)
     if len(by_side) > 1:  # what a pair teaches is a preference, not a document
-        return Batch(tokens, loss_mask, numbers, len(by_side))
+        return Batch(tokens, loss_mask, numbers, len(by_side), places)
     weights = _column([example.authority_weight for example in sequences])
     entropies = _column([example.provenance_entropy for example in sequences])
-    return Batch(tokens, loss_mask, numbers, 1, weights, entropies)
+    return Batch(tokens, loss_mask, numbers, 1, places, weights, entropies)
 
 
 def _column(values: list[float | None]) -> np.ndarray | None:
@@ -89,6 +90,36 @@ class BatchPlan:
         epoch, place = divmod(step, self.steps_per_epoch)
         first = place * self.grad_accum_steps
         return _epoch(self, epoch)[first : first + self.grad_accum_steps]
+
+
+@dataclass(frozen=True)
+class RowFeed:
+    """Gives each step its micro-batches from rows in memory; the step's number is its place."""
+
+    examples: Sequence[Example]
+    plan: BatchPlan
+
+    progress = None  # only a stream's is worth telling
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of a step, counted from 0."""
+        return [collate(self.examples, rows) for rows in self.plan.micro_batches(step)]
+
+    def epoch(self, step: int) -> int:
+        """The epoch, counted from 1, that a step belongs to."""
+        return step // self.plan.steps_per_epoch + 1
+
+    def state(self, steps_done: int) -> None:
+        """Nothing: a checkpoint knows the number of steps."""
+
+    def restore(self, state: object, steps_done: int, where: object = "") -> None:
+        """Nothing is to be done."""
+
+    def mark(self) -> None:
+        """Nothing is to be kept."""
+
+    def go_back(self, mark: None) -> None:
+        """Nothing is to be done."""
 
 
 @functools.lru_cache(maxsize=4)

@@ -34,14 +34,15 @@ def read_rows(
             for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), 1):
                 if line.strip():
                     found = True
-                    yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+                    yield f"{path}:{number}", parse_row(line, f"{path}:{number}")
         except OSError as error:
             raise DataError(f"cannot be read ({error.strerror})", where=path) from None
     if not found:
         raise DataError("holds no rows", where=path, cure="Write one JSON object a line.")
 
 
-def _parse(line: bytes, where: str) -> dict[str, object]:
+def parse_row(line: bytes, where: str) -> dict[str, object]:
+    """The JSON object of a line; raises DataError if it is too long or no such object."""
     if len(line) > MAX_LINE_BYTES:
         raise DataError(
             f"is longer than {MAX_LINE_BYTES} bytes", where=where, cure="Split it into rows."

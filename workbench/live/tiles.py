@@ -83,7 +83,7 @@ def tiles(status: Status, history: History) -> list[tuple[str, str, str]]:
         names = (*names, "MLX active", "MLX cache", "MLX peak", "process", "available", "leak")
         return [("step", step, ""), *((name, NOTHING, "") for name in names)]
     return [
-        ("step", step, f"epoch {last.epoch}"),
+        ("step", step, f"epoch {last.epoch}{_share(last.epoch_share)}"),
         ("train loss", f"{history['smooth loss'][-1]:.4f}", f"this step {last.loss:.4f}"),
         _validation(history),
         ("learning rate", f"{last.learning_rate:.3g}", f"at step {last.step}"),
@@ -117,6 +117,10 @@ def _validation(history: History) -> tuple[str, str, str]:
         return "validation loss", NOTHING, "none yet"
     now = valid[np.isfinite(valid)][-1]
     return "validation loss", f"{now:.4f}", f"best {best[1]:.4f} at {best[0]}"
+
+
+def _share(used: float | None) -> str:
+    return "" if used is None else f", {used:.0%} of it"
 
 
 def _memory(count: float | None) -> str:

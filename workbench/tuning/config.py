@@ -156,6 +156,7 @@ class StepReport:
     skipped: bool = False  # loss or gradients were not finite: no update was made
     spike: bool = False  # a loss far above those of the steps before
     released_bytes: int | None = None  # process memory that a reload before this step gave back
+    epoch_share: float | None = None  # of a stream's bytes that the epoch has used; else None
     extras: dict[str, float] | None = None  # means of what an objective measures beside its loss
 
     @classmethod

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from workbench.blas import load_blas
 from workbench.data.datasets import Dataset
 from workbench.data.examples import Example, all_sides
+from workbench.data.streams import StreamDataset
 from workbench.probes.parameters import fingerprint
 from workbench.runs.store import as_config
 from workbench.tuning.config import TrainConfig
@@ -43,9 +44,10 @@ def identity(
     trainable = tree_flatten(model.trainable_parameters())
     shapes = {name: [*array.shape, str(array.dtype)] for name, array in trainable}
     frozen = {name: digest for name, digest in fingerprint(model).items() if name not in shapes}
+    streamed = isinstance(data, StreamDataset)  # whose files are compared by its position
     return {
-        "settings": _settings(config, objective),
-        "training data": _hash_examples(data.train),
+        "settings": _settings(config, objective) | (data.settings if streamed else {}),
+        "training data": "a stream" if streamed else _hash_examples(data.train),
         "validation data": _hash_examples(data.valid),
         "base model": hashlib.sha256(repr(sorted(frozen.items())).encode()).hexdigest(),
         "what trains": hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest(),

@@ -68,7 +68,7 @@ def use_prefix(trainer: Trainer, own_loss: bool) -> PrefixUse:
     config, model = trainer.config, trainer.model
     if config.prefix_cache is False:
         return PrefixUse(0, 0, "switched off")
-    first, reason = (0, "the loss function is the caller's own") if own_loss else first_layer(model)
+    first, reason = _first_layer_of(trainer, own_loss)
     if not first:
         return _refused(config, reason)
     shape = outline(model, first)
@@ -94,6 +94,15 @@ def use_prefix(trainer: Trainer, own_loss: bool) -> PrefixUse:
     kept = size if needed <= limit else f"{limit / MEGA:.1f} of {size}"
     done = f"the layers below layer {first} run once a row; {kept} kept"
     return PrefixUse(first, needed, done, cache)
+
+
+def _first_layer_of(trainer: Trainer, own_loss: bool) -> tuple[int, str]:
+    """As `first_layer`, if loss function and data allow of keeping anything."""
+    if own_loss:
+        return 0, "the loss function is the caller's own"
+    if trainer.plan is None:
+        return 0, "the rows are streamed, and how many there are is not known"
+    return first_layer(trainer.model)
 
 
 def _pays(trainer: Trainer) -> bool:

@@ -17,7 +17,7 @@ import pandas as pd
 from mlx.utils import tree_map
 
 from workbench.backend import measure_matmul
-from workbench.data.batches import Batch, collate
+from workbench.data.batches import Batch
 from workbench.errors import ConfigError, check_whole
 from workbench.probes.memory import cache_limit
 from workbench.tuning.flops import step_flops
@@ -220,7 +220,7 @@ class _Stopwatch:
 def _timed_step(trainer: Trainer, step: int) -> tuple[_Stopwatch, list[Batch], float]:
     """One update as the trainer makes it; returns its times, its batches and its loss."""
     watch, config = _Stopwatch(), trainer.config
-    batches = [collate(trainer.data.train, rows) for rows in trainer.plan.micro_batches(step)]
+    batches = trainer.feed.batches(step)
     weight = sum(batch.weight for batch in batches)
     watch.lap("data")
     loss_fn, seed = watch.listening(trainer.loss_fn), step_seed(config.seed, step)
@@ -229,7 +229,7 @@ def _timed_step(trainer: Trainer, step: int) -> tuple[_Stopwatch, list[Batch], f
     watch.lap("backward")
     loss = loss_sum / weight
     clipped, norm = clip_by_global_norm(gradients, config.max_grad_norm, weight)
-    places = [trainer.data.train[row].where for batch in batches for row in batch.rows]
+    places = [place for batch in batches for place in batch.places]
     require_finite(loss, norm, gradients, step + 1, places)
     del gradients  # clipping writes over arrays that nobody else holds
     rate = trainer.learning_rate(min(step, trainer.total_steps - 1))
@@ -261,8 +261,8 @@ def _evaluation_seconds(trainer: Trainer, count: int) -> float:
 
 @contextlib.contextmanager
 def _taken_back(trainer: Trainer) -> Iterator[None]:
-    """Whatever happens within, weights, optimizer, mode and random state are as before."""
-    model, optimizer = trainer.model, trainer.optimizer
+    """Whatever happens within: weights, optimizer, mode, random state, data are as before."""
+    model, optimizer, mark = trainer.model, trainer.optimizer, trainer.feed.mark()
     weights, state = model.trainable_parameters(), tree_map(lambda x: x, optimizer.state)
     (key,), mode = mx.random.state, model.training
     high, low = key.tolist()
@@ -273,3 +273,4 @@ def _taken_back(trainer: Trainer) -> Iterator[None]:
         optimizer.state = state
         model.train(mode)
         mx.random.seed((high << 32) | low)
+        trainer.feed.go_back(mark)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
 from workbench.data.datasets import Dataset
-from workbench.data.examples import all_sides
+from workbench.data.examples import Example, all_sides
 from workbench.errors import DataError, NotFiniteError
 from workbench.models.loading import BaseModel, embedding_rows
 from workbench.numerics import not_finite
@@ -17,10 +17,18 @@ NAMED_IN_ERROR = 5  # bad gradients that an error lists
 
 
 def check_rows(data: Dataset, base: BaseModel) -> None:
-    """Raise DataError if a row has ids that the embedding lacks, or more tokens than positions."""
+    """Raise DataError if a row is none that the network can take, see `row_check`."""
+    check = row_check(base)
+    for example in all_sides([*data.train, *data.valid]):
+        check(example)
+
+
+def row_check(base: BaseModel) -> Callable[[Example], None]:
+    """Raises DataError for ids that the embedding lacks, and for more tokens than positions."""
     vocab_size = embedding_rows(base.model, base.config)
     positions = getattr(base.config, "max_position_embeddings", None) or math.inf
-    for example in all_sides([*data.train, *data.valid]):
+
+    def check(example: Example) -> None:
         outside = example.tokens[(example.tokens < 0) | (example.tokens >= vocab_size)]
         if len(outside):
             raise DataError(
@@ -34,6 +42,8 @@ def check_rows(data: Dataset, base: BaseModel) -> None:
                 where=example.where,
                 cure=f"Load the data with max_length={positions}.",
             )
+
+    return check
 
 
 def require_finite(

@@ -46,7 +46,8 @@ def make_report(
     return StepReport(
         step=step + 1,
         total_steps=trainer.total_steps,
-        epoch=step // trainer.plan.steps_per_epoch + 1,
+        epoch=trainer.feed.epoch(step),
+        epoch_share=trainer.feed.progress,
         loss=loss,
         num_tokens=sum(batch.num_tokens for batch in batches),
         num_input_tokens=num_input_tokens,

@@ -68,6 +68,7 @@ class RunKeeper:
             "peak_learning_rate": trainer.peak_learning_rate,
             "progress": dataclasses.asdict(trainer.progress),
             "changes": self.changes,
+            "position": trainer.feed.state(trainer.steps_done),
         }
         self.write_rows(trainer)
         self.run.sync()  # the rows up to here must outlive the checkpoint that counts on them
@@ -102,6 +103,8 @@ class RunKeeper:
         self._require_same(trainer, checkpoint)
         reports = self._reports(checkpoint)
         progress, rate = _read_state(checkpoint)
+        place = checkpoint.state.get("position")
+        trainer.feed.restore(place, checkpoint.step, checkpoint.folder)
         restore(checkpoint, trainer.model, trainer.optimizer)
         self.run.cut(checkpoint.step)
         trainer.reports, trainer.progress = reports, progress

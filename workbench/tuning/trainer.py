@@ -11,7 +11,6 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 
 from workbench.backend import default_cache_limit
-from workbench.data.batches import BatchPlan
 from workbench.data.datasets import Dataset
 from workbench.errors import ConfigError, RunError, TrainingError, check_number
 from workbench.machine import LARGE_BLOCK_BYTES
@@ -21,6 +20,7 @@ from workbench.probes.memory import cache_limit, reset_peak
 from workbench.runs.store import RunFolder
 from workbench.tuning.config import StepReport, TrainConfig
 from workbench.tuning.dpo import DPOConfig, use_objective
+from workbench.tuning.feeding import make_feed
 from workbench.tuning.identity import run_config
 from workbench.tuning.interrupts import DeferredInterrupt, orderly_exit
 from workbench.tuning.losses import LossFunction, chosen_loss, mean_loss
@@ -30,7 +30,6 @@ from workbench.tuning.optimizers import make_optimizer
 from workbench.tuning.prefix import use_prefix
 from workbench.tuning.progress import Progress
 from workbench.tuning.prompt_sharing import share_prompts
-from workbench.tuning.refusals import check_rows
 from workbench.tuning.reporting import with_validation
 from workbench.tuning.resuming import RunKeeper
 from workbench.tuning.schedules import learning_rate_at
@@ -49,7 +48,7 @@ class Trainer:
 
     Args:
         base: a loaded model, with its adapter attached.
-        data: a `Dataset`; its `valid` part is used for validation.
+        data: a `Dataset`, or a stream; its `valid` part is used for validation.
         config: how to train.
         run_dir: a folder for configuration, metrics and checkpoints, new or of the run that shall
             go on; None writes nothing.
@@ -81,11 +80,8 @@ class Trainer:
             raise TrainingError("nothing is trainable", cure="Attach an adapter: wb.add_lora(…).")
         if run_dir is None and (self.config.reload_every or self.config.reload_above_bytes):
             raise ConfigError("a reload needs a run folder", cure="Give Trainer a run_dir.")
-        check_rows(data, base)
-        rows, settings = tuple(map(len, data.train)), self.config
-        self.plan = BatchPlan(
-            rows, settings.micro_batch_size, settings.grad_accum_steps, settings.seed
-        )
+        self.feed = make_feed(data, base, self.config)  # the micro-batches of each step
+        self.plan = self.feed.plan  # None of a stream
         self.total_steps = self.config.steps or self.config.epochs * self.plan.steps_per_epoch
         self.optimizer = make_optimizer(self.config)
         self.optimizer.init(self.model.trainable_parameters())

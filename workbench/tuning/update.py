@@ -12,7 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from workbench.data.batches import Batch, collate
+from workbench.data.batches import Batch
 from workbench.errors import NotFiniteError, TrainingError
 from workbench.models.checkpointing import checkpointed_layers
 from workbench.numerics import not_finite
@@ -34,13 +34,13 @@ def make_update(trainer: Trainer) -> StepReport:
             optimizer state are those before the update.
     """
     started, step, config = time.perf_counter(), trainer.steps_done, trainer.config
-    batches = [collate(trainer.data.train, rows) for rows in trainer.plan.micro_batches(step)]
+    batches = trainer.feed.batches(step)
     weight, sums = sum(batch.weight for batch in batches), {}
     seed, again = step_seed(config.seed, step), config.grad_checkpoint
     loss_sum, gradients = accumulate(trainer.model, trainer.loss_fn, batches, seed, again, sums)
     loss, extras = loss_sum / weight, {name: value / weight for name, value in sums.items()}
     clipped, norm = clip_by_global_norm(gradients, config.max_grad_norm, weight)
-    places = [trainer.data.train[row].where for batch in batches for row in batch.rows]
+    places = [place for batch in batches for place in batch.places]
     try:
         require_finite(loss, norm, gradients, step + 1, places)
     except NotFiniteError:
