@@ -11,6 +11,8 @@ import mlx.nn as nn
 from tests.toy import toy_base, toy_model, toy_tokenizer
 from workbench.data.datasets import load_dataset
 from workbench.data.examples import encode_row
+from workbench.data.stream_feed import StreamFeed
+from workbench.data.streams import stream_dataset
 from workbench.errors import WorkbenchError
 from workbench.export.adapters import load_adapter
 from workbench.models.files import read_json, read_safetensors, read_weights
@@ -95,6 +97,24 @@ def tokenise_data(source: str) -> dict[str, object]:
     data = load_dataset(source, toy_tokenizer(), valid_fraction=0)
     texts = [toy_tokenizer().decode(example.tokens.tolist()) for example in data.train]
     return {"texts": texts, "shown": data._repr_html_()}
+
+
+def stream_data(source: str) -> dict[str, object]:
+    """Stream one pass with the toy tokenizer."""
+    data = stream_dataset(source, toy_tokenizer(), buffer_rows=4)
+    feed, step, texts = StreamFeed(data, 1), 0, []
+    batches = feed.batches(step)
+    while feed.epoch(step) == 1:
+        tokens = [row.tolist() for batch in batches for row in batch.tokens]
+        texts += map(toy_tokenizer().decode, tokens)
+        step += 1
+        batches = feed.batches(step)
+    return {
+        "texts": sorted(texts),
+        "bad": [[line.line, line.reason] for line in feed.bad_lines],
+        "num_bad": feed.num_bad,
+        "shown": data._repr_html_() + str(feed),
+    }
 
 
 def tokenise_row(argument: list) -> list[int]:

@@ -86,19 +86,15 @@ def parse_json(content: bytes, *, constants: bool = True) -> object:
     if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ValueError(f"it has more than {MAX_VALUES} values")
     try:
-        value = json.loads(
-            content.decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_constant=None if constants else _refuse_constant,
-        )
+        value = (_LENIENT if constants else _STRICT).decode(content.decode("utf-8"))
     except RecursionError:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH}") from None
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [child for item in level for child in _children(item)]
-    if level:
-        raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
-    return value
+        if not level:
+            return value
+    raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
 
 
 def _children(value: object) -> Iterable[object]:
@@ -117,3 +113,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is no JSON value")
+
+
+_LENIENT = json.JSONDecoder(object_pairs_hook=_object)
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
