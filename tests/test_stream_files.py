@@ -103,7 +103,7 @@ def folder(request, tmp_path):
 
 def grow(path):
     content = lines_of(numbered(1))
-    packed = path.suffix == ".gz"
+    packed = path.read_bytes().startswith(GZIP)
     with path.open("ab") as file:
         file.write(gzip.compress(content) if packed else content)
 
@@ -136,7 +136,7 @@ def long_files(folder, form):
     """Files whose rows lie behind the head by which a file is known."""
     folder.mkdir()
     for number in range(2):
-        content = b" " * HEAD_BYTES + b"\n" + lines_of(numbered(40, 40 * number))
+        content = b" " * HEAD_BYTES + b"\n" + lines_of(numbered(200, 200 * number))
         if form == "gzip":  # stored, so that a changed byte changes neither size nor head
             content = gzip.compress(content, 0, mtime=0)
         (folder / f"{number}.jsonl").write_bytes(content)
@@ -148,16 +148,17 @@ def long_files(folder, form):
 def test_a_byte_that_was_changed_behind_the_head_is_noticed(where, form, tmp_path):
     folder = long_files(tmp_path / "data", form)
     feed = toy_feed(folder, 1, buffer_rows=5)
-    feed.batches(0)
-    state = feed.state(1)
+    for step in range(40):  # the file's first rows were used: only its sum can tell
+        feed.batches(step)
+    state = feed.state(40)
     file, offset, *_ = (column[0] for column in state["buffer"])
     path = sorted(folder.iterdir())[file]
     place = offset + 12 if where == "in a row that waits" else HEAD_BYTES + 14
     one_byte(path, place)
     with pytest.raises(RunError, match=f"{path.name}: was changed since the run began"):
-        toy_feed(folder, 1, buffer_rows=5).restore(state, 1)
+        toy_feed(folder, 1, buffer_rows=5).restore(state, 40)
     one_byte(path, place)
-    toy_feed(folder, 1, buffer_rows=5).restore(state, 1)
+    toy_feed(folder, 1, buffer_rows=5).restore(state, 40)
 
 
 def test_a_byte_that_was_changed_between_two_passes_is_noticed(tmp_path):
@@ -165,12 +166,24 @@ def test_a_byte_that_was_changed_between_two_passes_is_noticed(tmp_path):
     feed = toy_feed(folder, 1)
     _, step = one_pass(feed)
     mark = feed.mark()
-    one_byte(folder / "0.jsonl", HEAD_BYTES + 14)
+    place = (folder / "0.jsonl").read_bytes().rindex(b"x")
+    one_byte(folder / "0.jsonl", place)
     with pytest.raises(RunError, match=r"0\.jsonl: was changed since the pass before"):
         one_pass(feed, step)
-    one_byte(folder / "0.jsonl", HEAD_BYTES + 14)
+    one_byte(folder / "0.jsonl", place)
     feed.go_back(mark)
-    assert sorted(numbers(one_pass(feed, step)[0])) == list(range(80))
+    assert sorted(numbers(one_pass(feed, step)[0])) == list(range(400))
+
+
+@pytest.mark.parametrize("form", ["plain", "gzip"])
+def test_a_file_that_grows_while_it_is_read_is_noticed_at_its_end(form, tmp_path):
+    feed = toy_feed(long_files(tmp_path / "data", form), 1)
+    feed.batches(0)
+    path = feed._reader._lines.file.path
+    grow(path)
+    with pytest.raises(RunError, match=f"{path.name}: was changed since the run began"):
+        for step in range(400):
+            feed.batches(step)
 
 
 def test_other_files_are_told_apart(folder, tmp_path):
