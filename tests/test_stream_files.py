@@ -182,8 +182,7 @@ def test_a_file_that_grows_while_it_is_read_is_noticed_at_its_end(form, tmp_path
     path = feed._reader._lines.file.path
     grow(path)
     with pytest.raises(RunError, match=f"{path.name}: was changed since the run began"):
-        for step in range(400):
-            feed.batches(step)
+        numbers([feed.batches(step) for step in range(400)])
 
 
 def test_other_files_are_told_apart(folder, tmp_path):

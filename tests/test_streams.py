@@ -9,6 +9,7 @@ import random
 import tracemalloc
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.toy import conversation, write_jsonl
@@ -318,3 +319,19 @@ def test_feeds_of_one_stream_do_not_disturb_each_other(tmp_path):
     one, other = StreamFeed(data, 3), StreamFeed(data, 3)
     first = [numbers([one.batches(step)]) for step in range(10)]
     assert [numbers([other.batches(step)]) for step in range(10)] == first
+
+
+@pytest.mark.long
+def test_memory_stays_flat_over_300_megabytes(tmp_path):
+    path, meta = tmp_path / "rows.jsonl", "m" * 2000
+    with path.open("w") as file:
+        file.writelines(f'{{"text": "{n}", "meta": "{meta}"}}\n' for n in range(150_000))
+    feed, readings, step = toy_feed(path, batch_size=8, buffer_rows=1000), [], 0
+    feed.batches(step)
+    while feed.epoch(step) == 1:
+        if step % 1000 == 0:
+            readings.append(psutil.Process().memory_info().rss)
+        step += 1
+        feed.batches(step)
+    assert step == 150_000 // 8
+    assert max(readings) - readings[0] < 20_000_000

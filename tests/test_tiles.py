@@ -155,3 +155,11 @@ def test_time_left_says_what_it_does_not_know():
     assert Status("Training", 1, 2, 7, (61, False)).times() == "0:07 elapsed, at least 1:01 left"
     assert Status("Training", 1, 2, 7).times() == "0:07 elapsed"
     assert str(Status("Paused", 1, 2, 7, note="n")).endswith("· n")
+
+
+def test_a_stream_tells_how_much_of_the_epoch_it_has_used():
+    def step_tile(**changes):
+        return tiles(Status("Training", 1, 2, 0.0), History([toy_report(1, **changes)]))[0]
+
+    assert step_tile() == ("step", "1 / 2", "epoch 1")
+    assert step_tile(epoch=3, epoch_share=0.371) == ("step", "1 / 2", "epoch 3, 37% of it")
