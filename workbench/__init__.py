@@ -14,6 +14,7 @@ from workbench.data.capitals import all_capitals
 from workbench.data.datasets import load_dataset
 from workbench.data.preferences import load_preferences
 from workbench.data.provenance import add_provenance
+from workbench.data.streams import stream_dataset
 from workbench.evaluation.choices import ChoiceQuestion, multiple_choice
 from workbench.evaluation.generation import generate, stream
 from workbench.evaluation.harness import harness_model
@@ -120,6 +121,7 @@ __all__ = [
     "set_trainable",
     "show_run",
     "stream",
+    "stream_dataset",
     "suggest_settings",
     "to_tensorboard",
     "to_trackio",
