@@ -224,7 +224,7 @@ def test_data_and_objective_must_fit():
         Trainer(base, rows, config, objective=DPOConfig())
     with pytest.raises(ConfigError, match="a loss_fn and an objective exclude each other"):
         Trainer(base, pairs, config, loss_fn=lambda m, b: 0, objective=DPOConfig())
-    with pytest.raises(ConfigError, match="must be a DPOConfig, got str"):
+    with pytest.raises(ConfigError, match="must be a DPOConfig or a ProvenanceConfig, got str"):
         Trainer(base, pairs, config, objective="dpo")
     with pytest.warns(FallbackWarning, match="no fused loss: DPO") as caught:
         Trainer(base, pairs, TrainConfig(fused_loss=True), objective=DPOConfig())

@@ -92,6 +92,10 @@ class FallbackWarning(UserWarning):
     """A faster or smaller form cannot be used here; the plain one is, with equal results."""
 
 
+class ObjectiveWarning(UserWarning):
+    """A part of the loss is reported, and trains nothing."""
+
+
 class ObserverWarning(UserWarning):
     """An observer of a training failed; the training goes on without it."""
 

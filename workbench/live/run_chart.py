@@ -64,7 +64,7 @@ class RunChart:
             self._lines[name].set_data(*thinned(steps, values))
             if name != "valid":  # a line of one point has no length
                 self._lines[name].set_marker("o" if np.isfinite(values).sum() == 1 else "")
-        of_pairs = history.last is not None and history.last.extras is not None
+        of_pairs = history.last is not None and "margin" in (history.last.extras or {})
         self._loss.set_ylabel(PER_PAIR if of_pairs else PER_TOKEN)
         self._stack(history)
         best = history.best_validation

@@ -106,39 +106,25 @@ class DPOLoss:
         return preference_losses(margins, self.config).sum(), sums
 
 
-def use_objective(trainer: Trainer, objective: DPOConfig | None, own_loss: bool) -> DPOLoss | None:
-    """Let the trainer's loss be the objective's, if there is one; computes the references.
-
-    Args:
-        trainer: with model, data, configuration and loss function.
-        objective: of the training; None for the next token.
-        own_loss: whether the loss function is the caller's.
+def use_dpo(trainer: Trainer, config: DPOConfig) -> DPOLoss:
+    """Let the trainer's loss be that of preferences; computes the references.
 
     Raises:
-        ConfigError: data, objective and loss function do not go together.
+        ConfigError: the data are no pairs.
         TrainingError: see `References`.
 
     Warns:
         FallbackWarning: the fused loss was asked for.
     """
-    data, are_pairs = trainer.data, isinstance(trainer.data, PreferenceDataset)
-    if objective is None:
-        if are_pairs and not own_loss:
-            cure = "Give Trainer objective=wb.DPOConfig()."
-            raise ConfigError("preference pairs need an objective", cure=cure)
-        return None
-    if not isinstance(objective, DPOConfig):
-        raise ConfigError(f"objective must be a DPOConfig, got {type(objective).__name__}")
-    if own_loss:
-        raise ConfigError("a loss_fn and an objective exclude each other", cure="Give one.")
-    if not are_pairs:
+    data = trainer.data
+    if not isinstance(data, PreferenceDataset):
         raise ConfigError(
             f"DPO needs preference pairs, {data.name} holds {data.unit}",
             cure="Load them with wb.load_preferences(…).",
         )
     if trainer.config.fused_loss:
         text = "no fused loss: DPO needs the sum of each row, not of all"
-        warnings.warn(text, FallbackWarning, stacklevel=3)
+        warnings.warn(text, FallbackWarning, stacklevel=4)
     references = References(trainer.model, all_sides([*data.train, *data.valid]))
-    trainer.loss_fn = DPOLoss(objective, references)
+    trainer.loss_fn = DPOLoss(config, references)
     return trainer.loss_fn

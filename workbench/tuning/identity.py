@@ -19,7 +19,7 @@ from workbench.data.streams import StreamDataset
 from workbench.probes.parameters import fingerprint
 from workbench.runs.store import as_config
 from workbench.tuning.config import TrainConfig
-from workbench.tuning.dpo import DPOConfig
+from workbench.tuning.objectives import ObjectiveConfig
 
 if TYPE_CHECKING:
     from workbench.tuning.trainer import Trainer
@@ -35,7 +35,7 @@ FREE_TO_CHANGE = (  # settings that leave every number as it is
 
 
 def identity(
-    model: nn.Module, data: Dataset, config: TrainConfig, objective: DPOConfig | None = None
+    model: nn.Module, data: Dataset, config: TrainConfig, objective: ObjectiveConfig | None = None
 ) -> dict[str, object]:
     """What must be the same for a run to go on: settings, hashes of data and frozen weights.
 
@@ -97,7 +97,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def _settings(config: TrainConfig, objective: DPOConfig | None = None) -> dict[str, object]:
+def _settings(config: TrainConfig, objective: ObjectiveConfig | None = None) -> dict[str, object]:
     """Settings that numbers depend on, as JSON gives them back."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
     settings["objective"] = type(objective).__name__ if objective else None
@@ -112,4 +112,6 @@ def _hash_examples(examples: Sequence[Example]) -> str:
     for example in all_sides(examples):
         digest.update(example.tokens.astype("<i8").tobytes())
         digest.update(example.loss_mask.astype("u1").tobytes())
+        if example.authority_weight is not None or example.provenance_entropy is not None:
+            digest.update(repr((example.authority_weight, example.provenance_entropy)).encode())
     return digest.hexdigest()

@@ -23,6 +23,7 @@ from workbench.probes.memory import cache_limit
 from workbench.tuning.flops import step_flops
 from workbench.tuning.gradients import clip_by_global_norm
 from workbench.tuning.losses import LossFunction, mean_loss
+from workbench.tuning.objectives import terms_of
 from workbench.tuning.prefix_cache import PrefixLoss
 from workbench.tuning.refusals import require_finite
 from workbench.tuning.trainer import Trainer
@@ -223,7 +224,7 @@ def _timed_step(trainer: Trainer, step: int) -> tuple[_Stopwatch, list[Batch], f
     batches = trainer.feed.batches(step)
     weight = sum(batch.weight for batch in batches)
     watch.lap("data")
-    loss_fn, seed = watch.listening(trainer.loss_fn), step_seed(config.seed, step)
+    loss_fn, seed = watch.listening(terms_of(trainer)[0].loss_fn), step_seed(config.seed, step)
     again = config.grad_checkpoint
     loss_sum, gradients = accumulate(trainer.model, loss_fn, batches, seed, again)
     watch.lap("backward")

@@ -19,12 +19,12 @@ from workbench.probes.guard import MemoryGuard
 from workbench.probes.memory import cache_limit, reset_peak
 from workbench.runs.store import RunFolder
 from workbench.tuning.config import StepReport, TrainConfig
-from workbench.tuning.dpo import DPOConfig, use_objective
 from workbench.tuning.feeding import make_feed
 from workbench.tuning.identity import run_config
 from workbench.tuning.interrupts import DeferredInterrupt, orderly_exit
 from workbench.tuning.losses import LossFunction, chosen_loss, mean_loss
 from workbench.tuning.memory_watch import MemoryWatch
+from workbench.tuning.objectives import ObjectiveConfig, use_objective
 from workbench.tuning.observers import Observer, Observers
 from workbench.tuning.optimizers import make_optimizer
 from workbench.tuning.prefix import use_prefix
@@ -54,7 +54,7 @@ class Trainer:
             go on; None writes nothing.
         loss_fn: (model, batch) → sum of the loss over the batch's supervised targets.
         allow_changes: go on with other settings, data or base model; the run's records say so.
-        objective: what is trained instead of the next token, on data made for it: see `DPOConfig`.
+        objective: what is trained instead, on data made for it: `DPOConfig`, `ProvenanceConfig`.
         observers: functions of a StepReport, or callbacks of mlx-lm, told of every step.
 
     Raises:
@@ -71,7 +71,7 @@ class Trainer:
         run_dir: str | os.PathLike | None = None,
         loss_fn: LossFunction | None = None,
         allow_changes: bool = False,
-        objective: DPOConfig | None = None,
+        objective: ObjectiveConfig | None = None,
         observers: Iterable[Observer] = (),
     ):
         self.base, self.data, self.config = base, data, config or TrainConfig()

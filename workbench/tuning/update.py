@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,8 +20,10 @@ from workbench.numerics import not_finite
 from workbench.tuning.config import StepReport
 from workbench.tuning.gradients import clip_by_global_norm
 from workbench.tuning.losses import LossFunction, with_measures
+from workbench.tuning.objectives import terms_of
 from workbench.tuning.refusals import require_finite
 from workbench.tuning.reporting import make_report
+from workbench.tuning.terms import CROSS_ENTROPY, Term
 
 if TYPE_CHECKING:
     from workbench.tuning.trainer import Trainer
@@ -35,14 +38,14 @@ def make_update(trainer: Trainer) -> StepReport:
     """
     started, step, config = time.perf_counter(), trainer.steps_done, trainer.config
     batches = trainer.feed.batches(step)
-    weight, sums = sum(batch.weight for batch in batches), {}
+    weight, terms = sum(batch.weight for batch in batches), terms_of(trainer)
     seed, again = step_seed(config.seed, step), config.grad_checkpoint
-    loss_sum, gradients = accumulate(trainer.model, trainer.loss_fn, batches, seed, again, sums)
-    loss, extras = loss_sum / weight, {name: value / weight for name, value in sums.items()}
+    total, gradients, extras = differentiate(trainer.model, terms, batches, seed, again)
+    loss = extras.get(CROSS_ENTROPY, total)
     clipped, norm = clip_by_global_norm(gradients, config.max_grad_norm, weight)
     places = [place for batch in batches for place in batch.places]
     try:
-        require_finite(loss, norm, gradients, step + 1, places)
+        require_finite(total, norm, gradients, step + 1, places)
     except NotFiniteError:
         skips = config.on_bad_step == "skip"
         if not skips or trainer.progress.bad_steps >= config.max_bad_steps:
@@ -55,6 +58,38 @@ def make_update(trainer: Trainer) -> StepReport:
     rate = trainer.learning_rate(step)
     apply_update(trainer.model, trainer.optimizer, clipped, loss, rate, step + 1)
     return make_report(trainer, batches, loss.item(), norm.item(), started, extras)
+
+
+def differentiate(
+    model: nn.Module,
+    terms: Sequence[Term],
+    batches: Sequence[Batch],
+    seed: int,
+    grad_checkpoint: bool = False,
+) -> tuple[mx.array, dict, dict[str, mx.array]]:
+    """The sum of a step's terms, each differentiated by itself and with the same dropout.
+
+    Returns:
+        The total; the batches' weight times its gradients, which clipping divides by it; and by
+        name the terms' values, gradient norms and measures, and the total of named terms.
+    """
+    weight = sum(batch.weight for batch in batches)
+    total, gradients, reported = mx.array(0.0), None, {}
+    for term in terms:
+        count, sums = sum(map(term.count, batches)), {}
+        value, new = accumulate(model, term.loss_fn, batches, seed, grad_checkpoint, sums)
+        value = term.factor * (value / count)
+        total = total + value
+        reported |= {name: measure / count for name, measure in sums.items()}
+        if term.name:
+            norm = term.factor * clip_by_global_norm(new, 0, count)[1]
+            reported |= {term.name: value, f"{term.name}_grad_norm": norm, "total": total}
+            if gradients is not None and norm.item() == 0:
+                continue  # adding nought would pass over every gradient, to change none
+        scale = term.factor * weight / count
+        new = new if scale == 1 else tree_map(functools.partial(mx.multiply, scale), new)
+        gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+    return total, gradients, reported
 
 
 def accumulate(
