@@ -58,8 +58,8 @@ ROWS = (
         "the same, its fixes",
         "a run can be resumed",
         "06_survive",
-        "killed and resumed, losses equal to the last bit: {losses equal to the last bit}, tensors: "
-        "{tensors equal to the last bit}; steps missing or doubled: "
+        "killed and resumed, losses equal to the last bit: {losses equal to the last bit}, "
+        "tensors: {tensors equal to the last bit}; steps missing or doubled: "
         "{steps missing or doubled on disk}",
     ),
     Row(

@@ -57,6 +57,7 @@ from workbench.tuning.mlx_lm_yaml import MlxLmRun, read_mlx_lm_yaml
 from workbench.tuning.modes import set_trainable, untie_head
 from workbench.tuning.presets import preset
 from workbench.tuning.profiling import profile_step
+from workbench.tuning.provenance import ProvenanceConfig
 from workbench.tuning.trainer import Trainer
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "MlxLmRun",
     "NanoChat",
     "NanoChatConfig",
+    "ProvenanceConfig",
     "StepReport",
     "TrainConfig",
     "Trainer",
