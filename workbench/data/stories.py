@@ -38,7 +38,7 @@ FILLERS = (
     "Somebody sings.", "It is getting late.", "The sun is low.", "Nobody is in a hurry.",
 )  # fmt: skip
 RETELL = "Tell me all of it again."
-RETOLD_SHARE = 0.3  # of the stories, which end with the question above
+RETOLD_SHARE = 0.6  # of the stories, in which that is asked, too
 HELD_OUT_SHARE = 5  # one in so many combinations is never trained
 MAX_BYTES = 1_000_000
 
@@ -142,7 +142,7 @@ def _text(size: int, seed: int, held_out: bool) -> str:
 def _story(draw: random.Random, held_out: bool) -> Story:
     """Some facts, told in parts that alternate, and questions about all of them."""
     facts, used = [], set()
-    for _ in range(draw.randint(2, 4)):
+    for _ in range(draw.randint(2, 3)):
         facts.append(_drawn(draw, draw.choice(MAKERS), used, held_out))
     order = [number for number, fact in enumerate(facts) for _ in fact.sentences]
     draw.shuffle(order)
@@ -150,9 +150,9 @@ def _story(draw: random.Random, held_out: bool) -> Story:
     told = [left[number].pop(0) for number in order]
     told.insert(draw.randint(0, len(told)), draw.choice(FILLERS))
     asked = [Turn(fact.kind, fact.question, fact.answer) for fact in facts]
-    draw.shuffle(asked)
     if draw.random() < RETOLD_SHARE:
         asked.append(Turn("retold", RETELL, " ".join(told)))
+    draw.shuffle(asked)
     return Story(" ".join(told), tuple(asked))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from workbench.data.rows import can_be_encoded
 from workbench.errors import ConfigError, DataError, check_whole
 
-MAX_ORDER = 16  # bytes of an n-gram
+MAX_ORDER = 40  # bytes of an n-gram
 MAX_TEXT_BYTES = 8_000_000  # counting takes some hundred bytes of memory a byte
 NUM_BYTES = 256
 OUTSIDE = NUM_BYTES  # stands before the first byte of a text
@@ -75,7 +75,7 @@ def fit_ngrams(text: str, max_order: int = MAX_ORDER) -> NgramModel:
 
     Raises:
         DataError: no text, fewer than 20 bytes, or more than 8 MB.
-        ConfigError: max_order is not a whole number from 1 to 16.
+        ConfigError: max_order is not a whole number from 1 to 40.
     """
     _check_order("max_order", max_order)
     data = _as_bytes(text)

@@ -41,6 +41,8 @@ def draw_bits_per_byte(
     """
     if not progress:
         raise ConfigError("no bits to draw", cure="Train with validation rows and valid_every.")
+    if not ngrams.tried:
+        raise ConfigError("the n-grams' order was given", cure="Let fit_ngrams choose it.")
     figure = new_figure(12, 4.2)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
     _draw_progress(left, progress, ngrams, baseline)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from workbench.data.stories import story_corpus
 from workbench.data.text_tokenizers import make_tokenizer
@@ -30,21 +30,22 @@ LONGEST_WINDOW = 256  # targets of a row, unless another number is asked for
 NOWHERE = Path(os.devnull, "from-scratch")  # no file can be there, and nobody exports to it
 DEFAULT_SIZES = {
     "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": LONGEST_WINDOW,
 }
 DEFAULT_TRAINING = {
-    "steps": 400,
-    "micro_batch_size": 16,
+    "steps": 1000,
+    "micro_batch_size": 4,
     "optimizer": "muon",
     "learning_rate": 0.02,
+    "schedule": "linear",
     "warmup_steps": 10,
     "momentum": 0.95,
     "adam_betas": (0.8, 0.95),
     "weight_decay": 0.0,
-    "valid_every": 50,
-    "checkpoint_every": 100,
+    "valid_every": 100,
+    "checkpoint_every": 250,
 }
 
 
@@ -61,21 +62,19 @@ def pretrain(
 ) -> Trainer:
     """A trainer of a network with fresh weights on a text, ready to be iterated.
 
-    Nothing has been trained yet: `for report in trainer`, or `wb.LivePanel(trainer)`. Its `base` is
-    a model like a loaded one: `wb.generate` asks it, `wb.fuse` writes it as a folder. With the
-    folder of a run that was stopped, and the same arguments, the run goes on.
+    Nothing has been trained yet: `for report in trainer`, or `wb.LivePanel(trainer)`. Its `base`
+    is like a loaded model: `wb.generate` asks it, `wb.fuse` writes it as a folder. With the folder
+    of a run that was stopped, and the same arguments, the run goes on.
 
     Args:
         text: a file in UTF-8; a `Corpus`; None for generated stories (`story_corpus`).
-        model: a network's dimensions; None for a nanochat GPT of about a million numbers.
+        model: a network's dimensions; None for a nanochat GPT of half a million numbers.
         tokenizer: `bpe`, learnt from the training text, or `bytes`.
-        vocab_size: tokens; None for as many as `model` has rows for, and without one 1024 of
-            `bpe`. A text with few different words may give fewer.
-        window: targets of a row; None for as many as the network has positions, 256 at most.
-        config: how to train; None for 400 updates of 16 rows by Muon.
+        vocab_size: tokens at most; None for the rows of `model`, and without one 1024 of `bpe`.
+        window: targets of a row; None for all positions of the network, 256 at most.
+        config: how to train; None for 1000 updates of 4 rows by Muon.
         run_dir: as for `Trainer`.
-        seed: of the first weights, of the stories, and of the order of rows where there is no
-            `config`.
+        seed: of the first weights, of the stories, and, without a `config`, of the order of rows.
 
     Raises:
         DataError: the text cannot be read or is too small.
@@ -84,17 +83,10 @@ def pretrain(
     """
     check_whole("seed", seed, 0)
     corpus = _corpus(text, seed)
-    if model is not None and type(model) not in NETWORKS:
-        known = " or a ".join(kind.__name__ for kind in NETWORKS)
-        raise ConfigError(f"model must be a {known}, got a {type(model).__name__}")
-    wanted = model.vocab_size if model and vocab_size is None and tokenizer == "bpe" else vocab_size
-    words = make_tokenizer(tokenizer, corpus.train, wanted)
+    words = _tokenizer(tokenizer, corpus.train, model, vocab_size)
     model = model or NanoChatConfig(**DEFAULT_SIZES, vocab_size=len(words))
-    if len(words) > model.vocab_size:
-        raise ConfigError(f"{len(words)} tokens, but the network has {model.vocab_size} rows")
-    positions = model.max_position_embeddings
-    window = min(positions, LONGEST_WINDOW) if window is None else window
-    data = text_dataset(corpus, words, window)
+    longest = min(model.max_position_embeddings, LONGEST_WINDOW)
+    data = text_dataset(corpus, words, longest if window is None else window)
     config = config or TrainConfig(**DEFAULT_TRAINING, seed=seed)
     return Trainer(fresh_model(model, words, seed), data, config, run_dir)
 
@@ -110,6 +102,23 @@ def fresh_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     name = f"{config.model_type} from scratch"
     report = compare(parameters, parameters, source=name, notes=["random weights"])
     return BaseModel(model, tokenizer, config, report, name, NOWHERE, dataclasses.asdict(config))
+
+
+def _tokenizer(
+    kind: str, text: str, model: ModelConfig | None, vocab_size: int | None
+) -> PreTrainedTokenizerFast:
+    """A tokenizer that the network, if one is given, has rows for."""
+    if model is None:
+        return make_tokenizer(kind, text, vocab_size)
+    if type(model) not in NETWORKS:
+        known = " or a ".join(each.__name__ for each in NETWORKS)
+        raise ConfigError(f"model must be a {known}, got a {type(model).__name__}")
+    if vocab_size is None and kind == "bpe":
+        vocab_size = model.vocab_size
+    words = make_tokenizer(kind, text, vocab_size)
+    if len(words) > model.vocab_size:
+        raise ConfigError(f"{len(words)} tokens, but the network has {model.vocab_size} rows")
+    return words
 
 
 def _corpus(text: Corpus | str | os.PathLike | None, seed: int) -> Corpus:
