@@ -14,11 +14,15 @@ from workbench.data.capitals import all_capitals
 from workbench.data.datasets import load_dataset
 from workbench.data.preferences import load_preferences
 from workbench.data.provenance import add_provenance
+from workbench.data.stories import story_corpus
 from workbench.data.streams import stream_dataset
+from workbench.data.texts import Corpus, read_corpus
+from workbench.evaluation.bits_per_byte import bits_per_byte
 from workbench.evaluation.choices import ChoiceQuestion, multiple_choice
 from workbench.evaluation.generation import generate, stream
 from workbench.evaluation.harness import harness_model
 from workbench.evaluation.likelihood import log_likelihood
+from workbench.evaluation.ngrams import fit_ngrams
 from workbench.evaluation.perplexity import perplexity
 from workbench.evaluation.scoring import ask_capitals, ask_questions
 from workbench.evaluation.suites import read_suites
@@ -27,6 +31,7 @@ from workbench.export.fuse import fuse
 from workbench.export.gguf import export_gguf
 from workbench.live.answers import accuracy_table, draw_accuracy
 from workbench.live.behaviour import draw_suites
+from workbench.live.bits import draw_bits_per_byte
 from workbench.live.chart import TrainingChart
 from workbench.live.chat import chat
 from workbench.live.panel import LivePanel
@@ -56,12 +61,14 @@ from workbench.tuning.mlx_lm_writing import write_mlx_lm_yaml
 from workbench.tuning.mlx_lm_yaml import MlxLmRun, read_mlx_lm_yaml
 from workbench.tuning.modes import set_trainable, untie_head
 from workbench.tuning.presets import preset
+from workbench.tuning.pretraining import pretrain
 from workbench.tuning.profiling import profile_step
 from workbench.tuning.provenance import ProvenanceConfig
 from workbench.tuning.trainer import Trainer
 
 __all__ = [
     "ChoiceQuestion",
+    "Corpus",
     "DPOConfig",
     "LivePanel",
     "LoRAConfig",
@@ -82,6 +89,7 @@ __all__ = [
     "all_capitals",
     "ask_capitals",
     "ask_questions",
+    "bits_per_byte",
     "changed",
     "chat",
     "check_model",
@@ -89,11 +97,13 @@ __all__ = [
     "check_training",
     "describe_backend",
     "draw_accuracy",
+    "draw_bits_per_byte",
     "draw_profile",
     "draw_suites",
     "export_gguf",
     "find_leak",
     "fingerprint",
+    "fit_ngrams",
     "fuse",
     "generate",
     "harness_model",
@@ -110,7 +120,9 @@ __all__ = [
     "plain_forms",
     "plan_memory",
     "preset",
+    "pretrain",
     "profile_step",
+    "read_corpus",
     "read_memory",
     "read_metrics",
     "read_mlx_lm_yaml",
@@ -122,6 +134,7 @@ __all__ = [
     "save_weights",
     "set_trainable",
     "show_run",
+    "story_corpus",
     "stream",
     "stream_dataset",
     "suggest_settings",
