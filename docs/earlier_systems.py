@@ -117,8 +117,8 @@ def recorded(notebook: str, patterns: tuple[tuple[str, str], ...]) -> dict[str, 
 
 def table() -> str:
     """The table as Markdown."""
-    head = "| an earlier system | its claim or promise | recorded here | notebook |\n|---|---|---|---|"
-    return "\n".join([head, *(row.line() for row in ROWS)])
+    head = "| an earlier system | its claim or promise | recorded here | notebook |"
+    return "\n".join([head, "|---|---|---|---|", *(row.line() for row in ROWS)])
 
 
 def with_table(readme: str) -> str:
