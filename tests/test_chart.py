@@ -16,7 +16,7 @@ from workbench.live import chart as chart_module
 from workbench.live.answers import accuracy_table, draw_accuracy
 from workbench.live.chart import TrainingChart
 from workbench.live.history import POINTS, History, thinned
-from workbench.live.run_chart import PROCESS, SMOOTH, RunChart, draw
+from workbench.live.run_chart import CORNERS, PROCESS, SMOOTH, RunChart, draw
 from workbench.live.scales import log_ticks, round_down, round_up, short_label, shown_steps
 
 LIMIT = 2.5e9
@@ -241,3 +241,18 @@ def test_tick_labels_lose_nothing():
                 shown = short_label(value, 0)
                 number = float(shown.rstrip("kM")) * factor.get(shown[-1], 1.0)
                 assert number == pytest.approx(value)
+
+
+@pytest.mark.parametrize("total", [50, 1000, 20_000])
+def test_the_last_number_below_an_axis_is_not_cut(total):
+    chart = RunChart()
+    chart.update(History([toy_report(step, total_steps=total) for step in (1, total)]))
+    chart.png()
+    renderer = chart._figure.canvas.get_renderer()
+    for axes, (_, right, _, _) in zip(chart._figure.axes, CORNERS):
+        shown = [
+            label.get_window_extent(renderer).x1
+            for place, label in zip(axes.get_xticks(), axes.get_xticklabels())
+            if place <= axes.get_xlim()[1]
+        ]
+        assert max(shown) <= right * chart.size[0]

@@ -24,6 +24,7 @@ WIDTH, HEIGHT = 10.6, 5.9  # inches; at 110 dots an inch as wide as a notebook's
 GIGA = 1e9
 LOWER, MIDDLE, RIGHT = 0.565, 0.497, 0.752  # where the parts of the figure meet, of its size
 CORNERS = ((0, 1, 0, LOWER), (0, MIDDLE, LOWER, 1), (MIDDLE, RIGHT, LOWER, 1), (RIGHT, 1, LOWER, 1))
+ROOM = (0.01, 0.03, 0.06, 0.06)  # right of the last step, of the axis: its number must not be cut
 CLEAR = (255, 255, 255, 0)
 MEMORY = ("peak", "process", "limit")
 PER_TOKEN = "cross-entropy (nats a token)"
@@ -181,9 +182,9 @@ class RunChart:
 
     def _scale(self, history: History) -> None:
         """Limits that move in round steps, so that the picture keeps still between them."""
-        right = shown_steps(history.last)
-        for axes in (self._loss, self._memory, self._speed, self._norm):
-            axes.set_xlim(1, right)
+        last = shown_steps(history.last)
+        for axes, room in zip(self._figure.axes, ROOM):
+            axes.set_xlim(1, last + room * (last - 1))
         losses = _finite(history["loss"], history["valid"])
         top = round_up(1.04 * losses.max()) if len(losses) else 1.0
         far = len(losses) >= SETTLED and losses.min() > top / 3
