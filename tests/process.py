@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextlib.contextmanager
+def one_benchmark() -> Iterator[None]:
+    """Wait for the benchmark of another test process: two at once are refused."""
+    with FileLock(Path(tempfile.gettempdir()) / f"workbench-tests-{os.getuid()}.lock"):
+        yield
 
 
 @dataclass(frozen=True)

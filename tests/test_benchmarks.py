@@ -52,6 +52,13 @@ channel.serve(Peer())
 
 
 @pytest.fixture(scope="module", autouse=True)
+def alone():
+    """No other test process measures meanwhile."""
+    with process.one_benchmark():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
 def kernels():
     """Processes that other tests have left running, such as a kernel: none is a peer."""
     return set(children())

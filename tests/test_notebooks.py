@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests.process import one_benchmark
 from workbench.errors import ConfigError, RunError
 from workbench.runs.notebooks import run_notebook
 
@@ -82,6 +84,14 @@ def test_committed_notebook_names_no_place_of_this_machine(path):
 def run_small(path: Path) -> Path:
     small = nbformat.read(path, as_version=4).metadata["workbench"]["small_parameters"]
     return run_notebook(path, BUILD / path.name, small)
+
+
+@pytest.fixture(autouse=True)
+def alone_if_it_measures(request):
+    """The benchmark's notebook waits for other tests that measure."""
+    measures = "09_benchmark" in request.node.name
+    with one_benchmark() if measures else contextlib.nullcontext():
+        yield
 
 
 @each_notebook
