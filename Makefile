@@ -19,7 +19,7 @@ test: $(INSTALLED)  ## the tests, every notebook once with small parameters: two
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: $(INSTALLED)  ## every kill and disk fault; the notebooks again, compared by nbval
-	$(BIN)/python -m pytest -m "long and not browser"
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "long and not browser"
 
 test-browser: $(INSTALLED)  ## the live panel in JupyterLab and Chromium, if there is one
 	$(BIN)/python -m pytest -m browser -rs

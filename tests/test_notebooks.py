@@ -22,7 +22,13 @@ BUILD = ROOT / "build" / "tests"
 CELL_SECONDS = 600  # limit for one cell
 CHECKED, IGNORED = "nbval-check-output", "nbval-ignore-output"
 
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_notebook = pytest.mark.parametrize(
+    "path",
+    [  # two runs of one notebook write into the same folders
+        pytest.param(path, id=path.stem, marks=pytest.mark.xdist_group(path.stem))
+        for path in NOTEBOOKS
+    ],
+)
 
 
 def code_cells(path: Path) -> list[nbformat.NotebookNode]:
