@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,10 @@ def test_committed_notebook_names_no_place_of_this_machine(path):
 
 def run_small(path: Path) -> Path:
     small = nbformat.read(path, as_version=4).metadata["workbench"]["small_parameters"]
-    return run_notebook(path, BUILD / path.name, small)
+    copy = run_notebook(path, BUILD / path.name, small)
+    # nbval runs the copy where it lies, and it reads its suites from beside itself
+    shutil.copytree(path.parent / "suites", BUILD / "suites", dirs_exist_ok=True)
+    return copy
 
 
 @pytest.fixture(autouse=True)
