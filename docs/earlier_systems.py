@@ -16,6 +16,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- earlier systems: written by docs/earlier_systems.py -->", "<!-- end -->"
 VERDICT = "nbval-check-output"
+KINDS = "(?:count|given|holder|place|retold)"  # of questions in notebook 11
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,13 @@ class Row:
     system: str
     claim: str
     notebook: str  # its name without the ending
-    here: str  # with {names} of its verdict, or of `found`
+    here: str  # with {names} of its verdict, of `found` or of `summed`
     found: tuple[tuple[str, str], ...] = ()  # name, pattern with one group in its outputs
+    summed: tuple[tuple[str, str], ...] = ()  # likewise, of a whole number in every line
 
     def line(self) -> str:
         """The row of the table."""
-        values = recorded(self.notebook, self.found)
+        values = recorded(self.notebook, self.found, self.summed)
         here = re.sub(r"\{(.+?)\}", lambda match: str(values[match[1]]), self.here)
         name = self.notebook.partition("_")[0]
         return (
@@ -74,8 +76,9 @@ ROWS = (
         "trains and talks",
         "11_nanochat",
         "{ours} bits a byte of text that it never saw, where the best n-gram needs {grams}; whole "
-        "sentences, and a quarter of the answers",
+        "sentences, and {right} right answers to {asked} questions",
         (("ours", r"network ([\d.]+) \("), ("grams", r"n-grams ([\d.]+): ")),
+        (("right", rf"(?m)^{KINDS} +\d+ +(\d+)$"), ("asked", rf"(?m)^{KINDS} +(\d+) +\d+$")),
     ),
     Row(
         "a Python LoRA trainer with a geography demo",
@@ -100,7 +103,11 @@ ROWS = (
 )
 
 
-def recorded(notebook: str, patterns: tuple[tuple[str, str], ...]) -> dict[str, object]:
+def recorded(
+    notebook: str,
+    patterns: tuple[tuple[str, str], ...],
+    summed: tuple[tuple[str, str], ...] = (),
+) -> dict[str, object]:
     """What a committed notebook's verdict and outputs say."""
     cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
     values, everything = {}, []
@@ -112,6 +119,8 @@ def recorded(notebook: str, patterns: tuple[tuple[str, str], ...]) -> dict[str, 
                 values |= ast.literal_eval(text)
     for name, pattern in patterns:
         values[name] = re.search(pattern, "\n".join(everything))[1]
+    for name, pattern in summed:
+        values[name] = sum(map(int, re.findall(pattern, "\n".join(everything))))
     return values
 
 

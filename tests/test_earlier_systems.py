@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 
 from tests.process import ROOT
@@ -19,3 +20,4 @@ def test_every_figure_comes_from_a_notebook():
     for row in PAGE["ROWS"]:
         assert "{" in row.here
         assert "{" not in row.line()
+        assert not re.search(r"half|third|quarter", row.here), "a share written by hand"
