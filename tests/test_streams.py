@@ -314,6 +314,18 @@ def test_the_description_says_what_is_streamed(tmp_path):
         toy_stream(folder, valid=[{"text": "a"}, {"text": 3}])
 
 
+def test_a_source_with_a_split_for_validation_validates_by_that(tmp_path):
+    folder = write_files(tmp_path / "corpus", counts=(3,))
+    (folder / "part-0.jsonl").rename(folder / "train.jsonl")
+    assert len(toy_stream(folder, valid=folder).valid) == 3  # named so, and there is no other
+    (folder / "valid.jsonl").write_bytes(lines_of(numbered(2, 100)))
+    for valid in (folder, {"train": numbered(3), "validation": numbered(2, 100)}):
+        data = toy_stream(folder, valid=valid)
+        assert [len(row) for row in data.valid] == [
+            len(row) for row in toy_stream(folder, valid=numbered(2, 100)).valid
+        ]
+
+
 def test_feeds_of_one_stream_do_not_disturb_each_other(tmp_path):
     data = toy_stream(write_files(tmp_path))
     one, other = StreamFeed(data, 3), StreamFeed(data, 3)

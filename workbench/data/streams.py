@@ -104,7 +104,8 @@ def stream_dataset(
         seed: of the order; each pass has its own.
         max_length, train_on, allow_special_tokens: see `load_dataset`.
         max_bad_lines: that are skipped; one more raises. `trainer.feed.bad_lines` names the first.
-        valid: rows that validate, held in memory: what `load_dataset` takes, none split off.
+        valid: rows that validate, held in memory: what `load_dataset` takes, none split off; of a
+            source that has a split for it, that.
 
     Raises:
         DataError: no such files, or a bad row in `valid`.
@@ -113,8 +114,16 @@ def stream_dataset(
     files, is_one = find_files(source), isinstance(source, str | os.PathLike)
     rows = {"max_length": max_length, "train_on": train_on}
     rows["allow_special_tokens"] = allow_special_tokens
-    held = [] if valid is None else load_dataset(valid, tokenizer, valid_fraction=0, **rows).train
+    held = [] if valid is None else _validation_rows(valid, tokenizer, rows)
     name = Path(source).name if is_one else f"{len(files)} files"
     stream = {"files": files, "buffer_rows": buffer_rows, "seed": seed, **rows}
     stream |= {"tokenizer": tokenizer, "max_bad_lines": max_bad_lines}
     return StreamDataset(name=name, train=[], valid=held, **stream)
+
+
+def _validation_rows(
+    source: object, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, object]
+) -> list[Example]:
+    """The part of a source that is there for validation; all of it, if it has none."""
+    loaded = load_dataset(source, tokenizer, valid_fraction=0, **settings)
+    return loaded.valid or loaded.train
