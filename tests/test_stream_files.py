@@ -32,6 +32,14 @@ def test_files_are_found_by_path_folder_pattern_and_list(tmp_path):
     assert names([tmp_path / "b.jsonl", tmp_path / "deep"]) == ["b.jsonl", "d.jsonl"]
 
 
+def test_a_folder_keeps_back_the_parts_of_what_is_held_out(tmp_path):
+    parts = ("validation-00000-of-00001.jsonl", "test-00001-of-00002.jsonl.gz", "valid.1.jsonl")
+    rows = ("test-cases.jsonl", "tests.jsonl", "train-00000-of-00001.jsonl", "validity.jsonl")
+    for name in parts + rows:
+        (tmp_path / name).write_bytes(GOOD)
+    assert names(tmp_path) == [*rows]
+
+
 def test_a_name_with_brackets_is_no_pattern_where_the_file_is_there(tmp_path):
     (tmp_path / "rows[1].jsonl").write_bytes(GOOD)
     assert names(tmp_path / "rows[1].jsonl") == ["rows[1].jsonl"]

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import itertools
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ HEAD_BYTES = 65_536  # by whose hash, and its size, a file is known again
 BLOCK_BYTES = 1_048_576
 GZIP = b"\x1f\x8b"  # how such a file begins, whatever its name
 ENDINGS = (".jsonl", ".jsonl.gz")  # of a folder's files
-HELD_OUT = ("valid", "validation", "test")  # names, without ending, that a folder keeps back
+# Names that a folder keeps back; in parts as well, as of the Hub: test-00000-of-00002.jsonl.
+HELD_OUT = re.compile(r"(valid|validation|test)(-\d+-of-\d+)?\.")
 CURE = "Give a .jsonl or .jsonl.gz file, a folder of them, a pattern such as 'data/*.gz', a list."
 
 
@@ -75,7 +77,8 @@ def find_files(source: object) -> tuple[StreamFile, ...]:
 
     Args:
         source: a file; a folder, of which every *.jsonl and *.jsonl.gz is taken but those named
-            valid, validation and test; a pattern with `*`, `?`, `[…]` or `**`; or a list of these.
+            valid, validation and test, or parts of these; a pattern with `*`, `?`, `[…]` or `**`;
+            or a list of these.
 
     Raises:
         DataError: nothing there, no regular file, a link out of the folder, or a file named twice.
@@ -107,7 +110,7 @@ def _paths(one: object) -> list[tuple[Path, Path | None]]:
             names = sorted(name for name in os.listdir(text) if name.endswith(ENDINGS))
         except OSError as error:
             raise DataError(f"cannot be read ({error.strerror})", where=text) from None
-        kept = [name for name in names if name.partition(".")[0] not in HELD_OUT]
+        kept = [name for name in names if not HELD_OUT.match(name)]
         if not kept:
             raise DataError("holds no *.jsonl or *.jsonl.gz to train on", where=text)
         return [(folder / name, folder) for name in kept]
