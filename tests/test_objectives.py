@@ -21,7 +21,7 @@ from tests.toy_provenance import (
     toy_documents,
     with_provenance,
 )
-from tests.toy_training import computed, state_of, trained
+from tests.toy_training import computed, state_of, toy_trainer, trained
 from workbench.data.batches import collate
 from workbench.errors import ConfigError, DataError, FallbackWarning, ObjectiveWarning, RunError
 from workbench.live.history import History
@@ -312,6 +312,15 @@ def test_terms_are_summed_and_each_reports_its_own_gradient():
     for name, gradient in tree_flatten(gradients):
         expected = slopes[name] + others[name]
         assert np.abs(np.array(gradient) / targets - expected).max() < 1e-4 * largest
+
+
+def test_a_callers_own_loss_is_reported_whatever_it_measures_beside_it():
+    def doubled(model, batch):
+        loss = plain_loss(model, batch)
+        return 2 * loss, {"cross_entropy": mx.stop_gradient(loss)}
+
+    report = toy_trainer(loss_fn=doubled).step()
+    assert report.loss == pytest.approx(2 * report.extras["cross_entropy"])
 
 
 def test_a_term_that_is_not_finite_stops_the_step():

@@ -41,7 +41,8 @@ def make_update(trainer: Trainer) -> StepReport:
     weight, terms = sum(batch.weight for batch in batches), terms_of(trainer)
     seed, again = step_seed(config.seed, step), config.grad_checkpoint
     total, gradients, extras = differentiate(trainer.model, terms, batches, seed, again)
-    loss = extras.get(CROSS_ENTROPY, total)
+    # A caller's own loss has no name, and may measure the cross-entropy beside it.
+    loss = extras.get(CROSS_ENTROPY, total) if any(term.name for term in terms) else total
     clipped, norm = clip_by_global_norm(gradients, config.max_grad_norm, weight)
     places = [place for batch in batches for place in batch.places]
     try:
