@@ -110,8 +110,14 @@ def test_both_parts_of_a_corpus_become_rows_of_one_data_set():
     for window in (1, 2.0):
         with pytest.raises(ConfigError, match="window"):
             text_dataset(corpus, tokenizer, window)
+
+
+@pytest.mark.parametrize("text", ["", None, 7, b"bytes", "\ud800"])
+def test_a_corpus_of_what_is_no_text_is_refused(text):
+    with pytest.raises(DataError, match="ours, train: must be a text"):
+        Corpus("ours", text, LINE)
     with pytest.raises(DataError, match="ours, held out: must be a text"):
-        text_dataset(Corpus("ours", LINE, ""), tokenizer, 16)
+        Corpus("ours", LINE, text)
 
 
 @pytest.mark.parametrize("text", ["", None, 7, "\ud800"])

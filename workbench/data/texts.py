@@ -23,11 +23,19 @@ BYTE_ORDER_MARK = "\ufeff"
 
 @dataclass(frozen=True, repr=False)
 class Corpus:
-    """A text to train on, and one that is held out."""
+    """A text to train on, and one that is held out.
+
+    Raises:
+        DataError: one of them is no text that UTF-8 can hold, or empty.
+    """
 
     name: str
     train: str
     held_out: str
+
+    def __post_init__(self):
+        _check_text(self.train, f"{self.name}, train")
+        _check_text(self.held_out, f"{self.name}, held out")
 
     def __str__(self) -> str:
         sizes = [f"{num_bytes(text):,} bytes" for text in (self.train, self.held_out)]
@@ -94,8 +102,7 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, where: str = "tex
         DataError: no text, an empty one, one that the tokenizer has no tokens for, or a tokenizer
             without a token that texts begin with.
     """
-    if not isinstance(text, str) or not text or not can_be_encoded(text):
-        raise DataError("must be a text with characters that UTF-8 can hold", where=where)
+    _check_text(text, where)
     with refusing(where):
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
@@ -105,6 +112,11 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, where: str = "tex
             cure="Use a tokenizer of bytes.",
         )
     return np.array([first_token(tokenizer, where), *ids], dtype=np.int32)
+
+
+def _check_text(text: object, where: str) -> None:
+    if not isinstance(text, str) or not text or not can_be_encoded(text):
+        raise DataError("must be a text with characters that UTF-8 can hold", where=where)
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase, where: str = "text") -> int:
@@ -146,7 +158,7 @@ def text_dataset(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, window: int
     """Both parts of a corpus in rows of `window` targets, in the order of the text.
 
     Raises:
-        DataError: a part is empty, or the tokenizer refuses it.
+        DataError: the tokenizer refuses a part.
         ConfigError: window is not a whole number from 2.
     """
     check_whole("window", window, 2)
