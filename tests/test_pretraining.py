@@ -156,7 +156,7 @@ def test_a_panel_shows_it(corpus):
 BAD = {
     "rows": ({"vocab_size": 300, "tokenizer": "bytes"}, "260 tokens, not 300"),
     "few rows": ({"model": NanoChatConfig(**SIZES, vocab_size=300), "vocab_size": 380}, "has 300"),
-    "positions": ({"window": 65, "model": NanoChatConfig(**SIZES, vocab_size=300)}, "room for 64"),
+    "positions": ({"window": 65, "model": NanoChatConfig(**SIZES, vocab_size=300)}, "window is 65"),
     "kind": ({"tokenizer": "words"}, "unknown tokenizer 'words'"),
     "model": ({"model": {"hidden_size": 8}}, "must be a NanoChatConfig or a LlamaConfig, got a d"),
     "seed": ({"seed": -1}, "seed"),

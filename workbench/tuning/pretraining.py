@@ -85,8 +85,7 @@ def pretrain(
     corpus = _corpus(text, seed)
     words = _tokenizer(tokenizer, corpus.train, model, vocab_size)
     model = model or NanoChatConfig(**DEFAULT_SIZES, vocab_size=len(words))
-    longest = min(model.max_position_embeddings, LONGEST_WINDOW)
-    data = text_dataset(corpus, words, longest if window is None else window)
+    data = text_dataset(corpus, words, _window(window, model.max_position_embeddings))
     config = config or TrainConfig(**DEFAULT_TRAINING, seed=seed)
     return Trainer(fresh_model(model, words, seed), data, config, run_dir)
 
@@ -119,6 +118,16 @@ def _tokenizer(
     if len(words) > model.vocab_size:
         raise ConfigError(f"{len(words)} tokens, but the network has {model.vocab_size} rows")
     return words
+
+
+def _window(targets: int | None, positions: int) -> int:
+    """Targets of a row, which are no more than the network has positions."""
+    if targets is None:
+        return min(positions, LONGEST_WINDOW)
+    check_whole("window", targets, 2)
+    if targets > positions:
+        raise ConfigError(f"window is {targets}, the network has room for {positions} positions")
+    return targets
 
 
 def _corpus(text: Corpus | str | os.PathLike | None, seed: int) -> Corpus:
