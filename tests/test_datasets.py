@@ -1,5 +1,6 @@
 """Names, files and folders become splits."""
 
+import gzip
 import tomllib
 from collections import Counter
 from importlib import resources
@@ -122,6 +123,13 @@ def test_a_data_set_shows_its_counts_with_markup_escaped(tokenizer, tmp_path):
     shown = load_dataset(path, tokenizer)._repr_html_()
     assert "&lt;b&gt;" in shown
     assert "train 1 rows, 4 tokens, 3 supervised" in shown
+
+
+def test_a_packed_file_is_named_as_such(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz: is packed by gzip\. Unpack it"):
+        load_dataset(path, tokenizer)
 
 
 def test_nothing_there_names_what_may_be_given(tokenizer, tmp_path):

@@ -12,6 +12,7 @@ from workbench.models.regular_files import open_regular, parse_json
 
 MAX_LINE_BYTES = 16_000_000  # a row of a million tokens has four
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"  # how such a file begins, whatever its name
 PROVENANCE_RANGES = {"authority_weight": (0.0, 0.99), "provenance_entropy": (0.0, math.inf)}
 
 
@@ -32,6 +33,9 @@ def read_rows(
     with open_regular(path, inside=inside, kind=DataError) as lines:
         try:
             for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), 1):
+                if number == 1 and line.startswith(GZIP):
+                    cure = "Unpack it; wb.stream_dataset reads training rows as they are packed."
+                    raise DataError("is packed by gzip", where=path, cure=cure)
                 if line.strip():
                     found = True
                     yield f"{path}:{number}", parse_row(line, f"{path}:{number}")

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from workbench.data.rows import MAX_LINE_BYTES
+from workbench.data.rows import GZIP, MAX_LINE_BYTES
 from workbench.errors import DataError, RunError
 from workbench.models.regular_files import open_regular
 
 HEAD_BYTES = 65_536  # by whose hash, and its size, a file is known again
 BLOCK_BYTES = 1_048_576
-GZIP = b"\x1f\x8b"  # how such a file begins, whatever its name
 ENDINGS = (".jsonl", ".jsonl.gz")  # of a folder's files
 # Names that a folder keeps back; in parts as well, as of the Hub: test-00000-of-00002.jsonl.
 HELD_OUT = re.compile(r"(valid|validation|test)(-\d+-of-\d+)?\.")
