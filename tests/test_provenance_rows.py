@@ -113,6 +113,18 @@ def test_a_frame_comes_back_as_a_frame():
     assert found[list(KEYS)].to_dict("records") == [{k: row[k] for k in KEYS} for row in expected]
 
 
+def test_the_largest_authority_may_come_as_float32(tokenizer):
+    """The score's own clamp gives 0.99, and a file may hold its columns in float32."""
+    weights = np.array([0.99, 0.5], dtype=np.float32)
+    rows = pd.DataFrame({"text": ["a", "b"], "authority_weight": weights})
+    assert add_provenance(rows).authority_weight.tolist() == [0.99, 0.5]
+    row = {"text": "a", "authority_weight": float(np.float32(0.99))}
+    assert encode_row(row, tokenizer).authority_weight == 0.99
+    rows.loc[0, "authority_weight"] = np.nextafter(np.float32(0.99), np.float32(1))
+    with pytest.raises(DataError, match=r"row 0: 'authority_weight' must be a number from 0 to"):
+        add_provenance(rows)
+
+
 def test_what_is_missing_may_be_refused(tokenizer):
     assert add_provenance([HEAVY, LIGHT], missing="refuse") == [HEAVY, LIGHT]
     says = r"^row 1: has no 'provenance_entropy' \(2 of 3 rows lack.*'score'"

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from workbench.errors import DataError
 from workbench.models.regular_files import open_regular, parse_json
 
@@ -94,6 +96,8 @@ def _number_of(
     value = row.get(key)
     if value is None:
         return None
+    if is_number(value) and value == float(np.float32(highest)):
+        value = highest  # as a column of float32 holds it: 0.9900000095
     # The comparison refuses NaN, and a whole number that no float holds.
     if is_number(value) and lowest <= value <= min(highest, sys.float_info.max):
         return float(value)
