@@ -75,9 +75,13 @@ ROWS = (
         "a Rust nanochat GPT",
         "trains and talks",
         "11_nanochat",
-        "{ours} bits a byte of text that it never saw, where the best n-gram needs {grams}; whole "
-        "sentences, and {right} right answers to {asked} questions",
-        (("ours", r"network ([\d.]+) \("), ("grams", r"n-grams ([\d.]+): ")),
+        "{ours} bits a byte of text that it never saw, where {order}-grams of bytes need {grams}; "
+        "whole sentences, and {right} right answers to {asked} questions",
+        (
+            ("ours", r"network ([\d.]+) \("),
+            ("order", r"(\d+)-grams of bytes"),
+            ("grams", r"n-grams ([\d.]+): "),
+        ),
         (("right", rf"(?m)^{KINDS} +\d+ +(\d+)$"), ("asked", rf"(?m)^{KINDS} +(\d+) +\d+$")),
     ),
     Row(
