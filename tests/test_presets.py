@@ -65,4 +65,6 @@ def test_its_trainer_trains_its_adapter():
 def test_an_unknown_name_lists_those_that_there_are():
     with pytest.raises(ConfigError, match=r"llama-3\.1-8b-rank2"):
         preset("llama-9000b")
+    with pytest.raises(ConfigError, match=r"unknown preset \['llama'\]"):
+        preset(["llama"])
     assert all(name == each.name for name, each in PRESETS.items())

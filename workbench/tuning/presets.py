@@ -137,6 +137,6 @@ def preset(name: str) -> Preset:
     Raises:
         ConfigError: there is no such preset; names those that there are.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}", cure=f"Use one of {', '.join(PRESETS)}.")
     return PRESETS[name]
