@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import workbench as wb
 from tests.provenance_lists import FILLER, LISTS, write_lists
 from tests.toy import conversation
 from workbench.data.provenance import (
@@ -181,7 +182,7 @@ def test_a_frame_is_scored_as_its_rows(words):
     assert table.index.equals(frame.index)
     expected = [dataclasses.asdict(score_document(row, words=words)) for row in rows]
     assert table.to_dict("records") == expected
-    assert score_documents(rows, words=words).to_dict("records") == expected
+    assert wb.score_documents(rows, words=words).to_dict("records") == expected
 
 
 def test_terms_sum_to_the_totals_which_stay_in_range(words):

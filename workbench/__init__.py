@@ -13,7 +13,7 @@ from workbench.backend import describe_backend
 from workbench.data.capitals import all_capitals
 from workbench.data.datasets import load_dataset
 from workbench.data.preferences import load_preferences
-from workbench.data.provenance import add_provenance
+from workbench.data.provenance import add_provenance, score_documents
 from workbench.data.stories import story_corpus
 from workbench.data.streams import stream_dataset
 from workbench.data.texts import Corpus, read_corpus
@@ -132,6 +132,7 @@ __all__ = [
     "run_suites",
     "save_adapter",
     "save_weights",
+    "score_documents",
     "set_trainable",
     "show_run",
     "story_corpus",
