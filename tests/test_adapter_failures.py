@@ -87,6 +87,7 @@ BAD_CONFIGS = [
             ("rank", 2.5, "rank"),
             ("scale", "2", "scale must be a number"),
             ("scale", math.nan, "alpha"),
+            ("scale", 10**400, "alpha"),
             ("dropout", 1, "dropout"),
             ("keys", [], "keys must be a list"),
             ("keys", [3], "keys must be a list"),

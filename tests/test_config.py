@@ -8,7 +8,7 @@ from workbench.errors import ConfigError
 from workbench.tuning.config import TrainConfig
 
 NOT_WHOLE = (-1, 1.5, True, "3", math.nan)
-NOT_NUMBERS = (-1e-9, math.nan, math.inf, True, "1", None)
+NOT_NUMBERS = (-1e-9, math.nan, math.inf, 10**400, True, "1", None)
 BAD_SETTINGS = [
     *[(name, value) for name in ("epochs", "steps", "micro_batch_size", "grad_accum_steps")
       for value in (0, *NOT_WHOLE)],
@@ -22,7 +22,7 @@ BAD_SETTINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), BAD_SETTINGS)
+@pytest.mark.parametrize(("name", "value"), BAD_SETTINGS, ids=lambda part: str(part)[:20])
 def test_a_bad_setting_raises_and_is_named(name, value):
     with pytest.raises(ConfigError, match=name):
         TrainConfig(**{name: value})

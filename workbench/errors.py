@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 
 class WorkbenchError(ValueError):
@@ -109,6 +110,7 @@ def check_whole(name: str, value: object, smallest: int) -> None:
 def check_number(name: str, value: object, smallest: float = -math.inf) -> None:
     """Raise ConfigError unless a setting is a finite number from `smallest`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < smallest:
+    # The comparison refuses NaN, and a whole number that no float holds.
+    if not is_number or not max(smallest, -sys.float_info.max) <= value <= sys.float_info.max:
         floor = "finite" if smallest == -math.inf else f"finite, from {smallest:g}"
         raise ConfigError(f"{name} must be a number, {floor}; got {value!r}")
