@@ -29,6 +29,7 @@ SHAPES = [
     {},
     {"tie_word_embeddings": False},
     {"attention_bias": True},
+    {"mlp_bias": True},
     {"head_dim": 16, "num_key_value_heads": 1},
     {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     {"rope_scaling": LLAMA3, "rope_theta": 500_000.0},

@@ -136,6 +136,7 @@ def _config(file: GGUFFile) -> dict[str, object]:
         config["vocab_size"] = embedding.shape[0]
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
     config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    config["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     for name in ("bos_token_id", "eos_token_id"):
         if f"tokenizer.ggml.{name}" in metadata:
             config[name] = _scalar(file, f"tokenizer.ggml.{name}")
