@@ -12,8 +12,7 @@ import numpy as np
 from workbench.errors import WeightsError
 from workbench.evaluation.generation import encode_prompt, evaluating
 from workbench.models.loading import BaseModel, load_model
-from workbench.tuning.lora import adapter_disabled
-from workbench.tuning.lora_layers import LoRALinear
+from workbench.tuning.lora import adapter_disabled, has_adapter
 
 PROMPTS = (
     "What is the capital of France?",
@@ -66,7 +65,7 @@ def measure(base: BaseModel, exported: Path, prompts: Sequence[str]) -> Drift:
     tokens = [encode_prompt(base, prompt) for prompt in prompts]
     before = _logits(base, tokens)
     moved = _logits(load_model(exported), tokens) - before
-    if not any(isinstance(module, LoRALinear) for module in base.model.modules()):
+    if not has_adapter(base.model):
         return Drift(None, _root_mean_square(moved), None)
     with adapter_disabled(base.model):
         effect = before - _logits(base, tokens)

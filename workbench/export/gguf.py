@@ -24,7 +24,7 @@ from workbench.models.gguf_llama import IN_LAYER, NUMBERS, ROPE_FACTORS, TOP_LEV
 from workbench.models.llama import Llama
 from workbench.models.llama_config import LlamaConfig
 from workbench.models.loading import BaseModel
-from workbench.models.rope import rope_periods
+from workbench.models.rope import rope_kind, rope_periods
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 KINDS = {
@@ -145,20 +145,14 @@ def _add_config(writer: GGUFWriter, config: LlamaConfig) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
-    kind, scaling = _rope_kind(config), config.rope_scaling or {}
-    if kind == "linear":
+    if rope_kind(config.rope_scaling) == "linear":
         writer.add_string("llama.rope.scaling.type", "linear")
-        writer.add_rope_scaling_factor(float(scaling["factor"]))
-
-
-def _rope_kind(config: LlamaConfig) -> str:
-    scaling = config.rope_scaling or {}
-    return scaling.get("rope_type", scaling.get("type", "default")) or "default"
+        writer.add_rope_scaling_factor(float(config.rope_scaling["factor"]))
 
 
 def _rope_factors(config: LlamaConfig) -> np.ndarray | None:
     """The stretch of each of RoPE's wavelengths (head_dim / 2,), which Llama 3.1 and later have."""
-    if _rope_kind(config) != "llama3":
+    if rope_kind(config.rope_scaling) != "llama3":
         return None
     stretched, _ = rope_periods(config.head_dim, config.rope_theta, config.rope_scaling)
     plain, _ = rope_periods(config.head_dim, config.rope_theta, None)

@@ -12,12 +12,12 @@ from workbench.live.conversation import (
     Conversation,
     Transcript,
     Turn,
-    has_adapter,
     sides_of,
     transcript_html,
 )
 from workbench.live.outputs import HTML, TEXT, Slot, has_reader, kernel_shell
 from workbench.models.loading import BaseModel
+from workbench.tuning.lora import has_adapter
 
 PAUSE = 0.05  # seconds between two looks at the buttons while nothing is asked
 TURNS = 5  # of the event loop, until a click that waits has been handled

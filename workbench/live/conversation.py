@@ -7,15 +7,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import mlx.nn as nn
-
 from workbench.errors import ConfigError
 from workbench.evaluation.generation import stream
 from workbench.live.outputs import HTML, TEXT, literal, visible
 from workbench.live.tiles import ALARM, FONT, GROUND, WIDTH
 from workbench.models.loading import BaseModel
-from workbench.tuning.lora import adapter_disabled
-from workbench.tuning.lora_layers import LoRALinear
+from workbench.tuning.lora import adapter_disabled, has_adapter
 
 ON, OFF = "with adapter", "without adapter"
 SIDES = {"on": (ON,), "off": (OFF,), "both": (ON, OFF)}
@@ -92,11 +89,6 @@ class Conversation:
             for piece in pieces:
                 turn.answers[side] = turn.answers.get(side, "") + piece
                 yield
-
-
-def has_adapter(model: nn.Module) -> bool:
-    """Whether a network has adapted layers."""
-    return any(isinstance(module, LoRALinear) for _, module in model.named_modules())
 
 
 def sides_of(base: BaseModel, adapter: str) -> tuple[str, ...]:

@@ -11,8 +11,7 @@ from workbench.evaluation.behaviour import evaluate_suites
 from workbench.evaluation.report import BehaviourReport
 from workbench.evaluation.suites import Suite
 from workbench.models.loading import BaseModel
-from workbench.tuning.lora import adapter_disabled
-from workbench.tuning.lora_layers import LoRALinear
+from workbench.tuning.lora import adapter_disabled, has_adapter
 
 
 def run_suites(
@@ -38,7 +37,7 @@ def run_suites(
         ConfigError: a comparison without an adapter to switch off.
         DataError: a row cannot be read or asked; names file and line.
     """
-    adapted = any(isinstance(module, LoRALinear) for _, module in base.model.named_modules())
+    adapted = has_adapter(base.model)
     if compare_with_base and not adapted and baseline is None:
         raise ConfigError(
             "there is no adapter to switch off",

@@ -128,6 +128,11 @@ def remove_lora(model: nn.Module) -> int:
     return len(wrapped)
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a network has adapted layers."""
+    return any(isinstance(module, LoRALinear) for module in model.modules())
+
+
 @contextlib.contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """The network as it was without its adapter, for the length of a `with` block."""
