@@ -89,6 +89,14 @@ def test_an_option_is_read_at_the_start_of_the_answer(text, place):
     assert recognise_option(text, CITIES) == place
 
 
+def test_an_option_may_begin_as_a_lead_in_does():
+    options = ("Option 1", "Option 2", "Answer the call")
+    assert recognise_option("Option 2", options) == 1
+    assert recognise_option("The answer is option 1.", options) == 0
+    assert recognise_option("Answer: answer the call", options) == 2
+    assert recognise_option("Option C", options) == 2
+
+
 def test_the_longest_option_that_fits_is_meant():
     options = ("New York", "New York City", "A bus")
     assert recognise_option("New York City it is", options) == 1

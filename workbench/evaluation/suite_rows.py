@@ -184,8 +184,8 @@ def recognise_option(text: str, options: tuple[str, ...]) -> int | None:
     option's words, or before a sign such as in "B)" and "B.". Before it may stand "The answer is",
     "Option", "I choose" and the like. A letter before the words of another option is no choice.
     """
-    for _ in range(2):  # "The answer is option B"
-        if lead := LEAD_IN.match(text):
+    for _ in range(2):  # "The answer is option B"; an option itself may begin as a lead-in does
+        if _begins_with(text, options) is None and (lead := LEAD_IN.match(text)):
             text = text[lead.end() :]
     named = _begins_with(text, options)
     label = LABEL.match(text)
