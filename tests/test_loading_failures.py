@@ -17,8 +17,9 @@ from workbench.errors import (
 
 
 def test_a_dtype_that_is_no_float_raises(model_folder):
-    with pytest.raises(ConfigError, match="dtype must be a floating-point type"):
-        wb.load_model(model_folder, dtype=mx.int32)
+    for dtype in (mx.int32, "float16"):
+        with pytest.raises(ConfigError, match="dtype must be a floating-point type"):
+            wb.load_model(model_folder, dtype=dtype)
 
 
 def test_a_quantised_folder_without_its_numbers_raises(model_folder):

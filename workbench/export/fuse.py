@@ -18,7 +18,7 @@ from workbench.export.model_config import GENERATION_NAME, export_config, genera
 from workbench.export.weights import fused_weights, quantised_weights, write_shards
 from workbench.models.files import read_json, write_json
 from workbench.models.llama import Llama
-from workbench.models.loading import BaseModel
+from workbench.models.loading import BaseModel, check_floating
 from workbench.models.quantisation import quantisation_settings
 from workbench.models.tokenizers import is_failure
 
@@ -103,6 +103,8 @@ class _Wish:
 
     def __post_init__(self):
         check_whole("max_shard_bytes", self.max_shard_bytes, 1)
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise ConfigError(f"prompts must be a list of questions, got {self.prompts!r}")
 
 
 def _put(base: BaseModel, place: Path, wish: _Wish) -> FusedModel:
@@ -121,8 +123,7 @@ def _put(base: BaseModel, place: Path, wish: _Wish) -> FusedModel:
 
 
 def _checked(dtype: mx.Dtype | None, quantise: Mapping[str, int] | None) -> dict[str, int] | None:
-    if dtype is not None and not mx.issubdtype(dtype, mx.floating):
-        raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
+    check_floating(dtype)
     if quantise is None:
         return None
     if not isinstance(quantise, Mapping) or quantise.keys() != set(QUANTISATION):

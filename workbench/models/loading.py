@@ -89,7 +89,7 @@ def load_model(
         SourceError, FileFormatError, ConfigError, WeightsError, TokenizerError: each names the
             place and the cure; nothing is kept of a model that does not load.
     """
-    path, dtype = find_model(source), _floating(dtype)
+    path, dtype = find_model(source), check_floating(dtype) or default_dtype()
     load = _load_gguf if path.is_file() else _load_folder
     base = load(path, dtype, tokenizer, quantise is True)
     base.name, base.quantise = os.fspath(source), quantise
@@ -105,10 +105,12 @@ def load_model(
     return base
 
 
-def _floating(dtype: mx.Dtype | None) -> mx.Dtype | None:
-    dtype = dtype or default_dtype()
-    if dtype is not None and not mx.issubdtype(dtype, mx.floating):
-        raise ConfigError(f"dtype must be a floating-point type, got {dtype}")
+def check_floating(dtype: object) -> mx.Dtype | None:
+    """A dtype; raises ConfigError unless it is None or one of MLX's floating-point types."""
+    known = isinstance(dtype, mx.Dtype) and mx.issubdtype(dtype, mx.floating)
+    if dtype is not None and not known:
+        cure = "Such as mx.float16 or mx.bfloat16."
+        raise ConfigError(f"dtype must be a floating-point type, got {dtype!r}", cure=cure)
     return dtype
 
 
