@@ -124,6 +124,17 @@ def test_a_fresh_dora_leaves_logits_unchanged(build):
     assert str(adapter).startswith("DoRA rank 4")
 
 
+def test_a_row_of_zeros_stays_finite_as_dora(linear):
+    linear.weight = mx.concatenate([mx.zeros_like(linear.weight[:1]), linear.weight[1:]])
+    if "scales" in linear:
+        linear.scales, linear.biases = (mx.zeros_like(a) for a in (linear.scales, linear.biases))
+    layer = DoRALinear(linear, CONFIG, mx.random.key(0))
+    assert mx.allclose(layer(numbers()), linear(numbers()), atol=1e-5)
+    layer.lora_b = layer.lora_b + 0.3
+    assert mx.isfinite(layer(numbers())).all()
+    assert mx.isfinite(layer.fused_weight()).all()
+
+
 def test_rslora_scales_by_the_root_of_the_rank():
     config = LoRAConfig(rank=16, alpha=8, use_rslora=True)
     assert config.scale == 2.0

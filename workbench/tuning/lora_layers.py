@@ -10,6 +10,8 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+SMALLEST = 1e-30  # square of a row's length: a row of zeros has one that can be divided by
+
 
 class AdapterShape(Protocol):
     """What a layer needs to know of its adapter."""
@@ -98,8 +100,8 @@ class DoRALinear(LoRALinear):
         a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
         along = (_without_bias(self.linear, a.T) * b).sum(axis=0)  # w·u / scale
         square = (b * ((a.T @ a) @ b)).sum(axis=0)  # u² / scale²
-        lengths = mx.sqrt(self._base_squares() + 2 * self.scale * along + self.scale**2 * square)
-        lengths = mx.stop_gradient(lengths)
+        squares = self._base_squares() + 2 * self.scale * along + self.scale**2 * square
+        lengths = mx.stop_gradient(mx.sqrt(mx.maximum(squares, SMALLEST)))
         if not self.training:
             self._whole = made_of, lengths
         return lengths
