@@ -117,6 +117,7 @@ REFUSED = [
     ("lora_dropout", 1.0),
     ("target_modules", None),
     ("target_modules", [3]),
+    ("target_modules", []),
     ("target_modules", ["nothing_here"]),
     ("target_modules", ["q_proj", "lm_head", "embed_tokens"]),
     ("layers_to_transform", ["1"]),
@@ -129,6 +130,7 @@ def test_what_cannot_be_represented_is_refused_by_name(folder, key, value):
     reconfigure(folder, **{key: value})
     named = {"r": "rank|r is", "lora_alpha": "alpha", "lora_dropout": "dropout"}
     named["layers_to_transform"] = "layers_to_transform|nothing in layer 1"
+    named["target_modules"] = r"target_modules (must name|name|\['nothing_here'\] match)"
     refused(folder, ConfigError, f"adapter_config.json: .*({named.get(key, key)})")
 
 

@@ -128,7 +128,8 @@ def _matched(config: Mapping[str, object], targets: object, model: nn.Module) ->
 
     As in PEFT 0.21 (tuners_utils.check_target_module_exists).
     """
-    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+    named = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    if not named or not targets:
         raise ConfigError(f"target_modules must name modules, got {reprlib.repr(targets)}")
     wanted, layers = set(targets), _chosen_layers(config, model)
     paths = [path for path, _ in model.named_modules() if path]
@@ -143,9 +144,7 @@ def _matched(config: Mapping[str, object], targets: object, model: nn.Module) ->
         if path in wanted or (ends & wanted and (layers is None or number in layers)):
             chosen.add(path)
     if not chosen:
-        find_targets(
-            model, LoRAConfig(target_modules=sorted(wanted) or ["?"])
-        )  # says what there is
+        find_targets(model, LoRAConfig(target_modules=sorted(wanted)))  # says what there is
         raise ConfigError(f"target_modules {reprlib.repr(targets)} match nothing in these layers")
     return chosen
 
