@@ -188,6 +188,10 @@ def test_the_trainer_takes_them_when_it_is_made():
     assert list(Trainer(plain.base, plain.data, plain.config, observers=[told.append])) == told
 
 
+def test_one_observer_alone_needs_no_list():
+    assert len(Observers(print_nothing)) == len(Observers(TrainingCallback())) == 1
+
+
 def test_scalars_are_the_numbers_of_a_report():
     report = toy_trainer(RAGGED).step()
     found = scalars(report)

@@ -23,18 +23,19 @@ class Observers:
     `grad_accum_steps` of them.
 
     Args:
-        members: to begin with.
+        members: to begin with; one alone needs no list.
         grad_accum_steps: micro-batches a step.
 
     Raises:
         ConfigError: one is neither a function nor a callback.
     """
 
-    def __init__(self, members: Iterable[Observer] = (), grad_accum_steps: int = 1):
+    def __init__(self, members: Iterable[Observer] | Observer = (), grad_accum_steps: int = 1):
         self._members: list[Observer] = []
         self._accum = grad_accum_steps
         self._counted = self._trained_tokens = 0  # reports, and their supervised targets
-        for member in members:
+        alone = callable(members) or _is_callback(members)
+        for member in [members] if alone else members:
             self.add(member)
 
     def __len__(self) -> int:

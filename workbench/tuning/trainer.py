@@ -72,7 +72,7 @@ class Trainer:
         loss_fn: LossFunction | None = None,
         allow_changes: bool = False,
         objective: ObjectiveConfig | None = None,
-        observers: Iterable[Observer] = (),
+        observers: Iterable[Observer] | Observer = (),
     ):
         self.base, self.data, self.config = base, data, config or TrainConfig()
         self.model, self.stop_reason = base.model, ""  # why the loop ended early
