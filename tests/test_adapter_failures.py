@@ -7,12 +7,14 @@ import mlx.core as mx
 import pytest
 
 from tests.process import run
-from tests.toy import toy_base
+from tests.toy import save_toy_folder, toy_base
 from tests.toy_adapters import adapted, contents, same
 from workbench.errors import ConfigError, FileFormatError, WeightsError
 from workbench.export.adapters import adapter_weights, load_adapter, save_adapter
 from workbench.models.files import read_safetensors, write_safetensors
+from workbench.models.loading import load_model
 from workbench.probes.parameters import changed, fingerprint
+from workbench.tuning.lora import add_lora
 
 
 def q_proj(weights):
@@ -146,6 +148,16 @@ def test_a_refused_save_leaves_the_older_one_untouched(tmp_path, ruin):
     with pytest.raises((ConfigError, WeightsError)):
         save_adapter(base, tmp_path)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout", ["mlx-lm", "peft"])
+def test_the_base_models_own_folder_is_refused(tmp_path, layout):
+    base = load_model(save_toy_folder(tmp_path / "model"))
+    add_lora(base.model)
+    before = contents(tmp_path / "model")
+    with pytest.raises(ConfigError, match="the base model's own folder"):
+        save_adapter(base, tmp_path / "model" / ".", layout)
+    assert contents(tmp_path / "model") == before
 
 
 def test_a_refused_save_leaves_no_new_folder(tmp_path):

@@ -39,7 +39,7 @@ def save_adapter(
 
     Raises:
         ConfigError: no adapter is attached, or one that the layout cannot describe; or the folder
-            holds one of the other layout.
+            holds one of the other layout, or the base model itself.
         WeightsError: the adapter holds NaN or infinity.
         RunError: run_dir holds no run.
         FileFormatError: the folder cannot be written.
@@ -48,7 +48,7 @@ def save_adapter(
         raise ConfigError(f"unknown format {format!r}", cure=f"Use one of {tuple(LAYOUTS)}.")
     folder, attached = Path(folder), describe(base.model)
     require_finite(adapter_weights(base.model), "the adapter")
-    _require_no_other(folder, format)
+    _check_place(base, folder, format)
     card = adapter_card(base, attached, format, read_run(run_dir))
     LAYOUTS[format].write(base, attached, folder)
     write_card(folder, card)
@@ -89,7 +89,14 @@ def load_adapter(base: BaseModel, folder: str | os.PathLike) -> Adapter:
     return LAYOUTS[layouts[0] if layouts else "mlx-lm"].load(base, folder)
 
 
-def _require_no_other(folder: Path, layout: str) -> None:
+def _check_place(base: BaseModel, folder: Path, layout: str) -> None:
+    if os.path.realpath(folder) == os.path.realpath(base.path):
+        raise ConfigError(
+            "is the base model's own folder",
+            where=folder,
+            cure="With an adapter_config.json in it, transformers takes it for an adapter: choose "
+            "another one.",
+        )
     others = [name for name in LAYOUTS if name != layout and _holds(folder, name)]
     if others:
         raise ConfigError(
