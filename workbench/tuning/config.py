@@ -60,7 +60,7 @@ class TrainConfig:
     decay_power: float = 1.0  # of polynomial
     optimizer: str = "adamw"  # or adam, sgd, lion, adafactor, muon (see make_optimizer)
     max_grad_norm: float = 1.0  # global L2 norm; 0 turns clipping off
-    weight_decay: float = 0.01  # decoupled in adamw and lion, part of the gradient elsewhere
+    weight_decay: float = 0.01  # adamw, lion, adafactor: decoupled; sgd, muon: L2; adam: none
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_epsilon: float = 1e-8
     bias_correction: bool = True  # of the first steps of adam and adamw

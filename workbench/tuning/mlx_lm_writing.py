@@ -21,7 +21,10 @@ SCHEDULES = ("constant", "linear", "cosine")
 def write_mlx_lm_yaml(
     path: str | os.PathLike, run: MlxLmRun, network: nn.Module | None = None
 ) -> tuple[str, ...]:
-    """Write a run as a YAML that mlx-lm trains with; `read_mlx_lm_yaml` gives the run back.
+    """Write a run as a YAML that mlx-lm trains with.
+
+    `read_mlx_lm_yaml` gives it back, but for what the notes name and for settings that mlx-lm has
+    no word for, such as keep_checkpoints.
 
     Args:
         path: the file, which is replaced.
