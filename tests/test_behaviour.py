@@ -153,6 +153,12 @@ def test_no_rows_and_one_name_twice_are_refused(base, folder):
         evaluate_suites(base, [suite, suite])
 
 
+def test_no_suite_is_called_as_the_pooled_score_is(base, folder):
+    suite = Suite(reports.POOLED, read_suites(folder)[0].rows)
+    with pytest.raises(DataError, match="a suite is called 'all suites', as the pooled score is"):
+        evaluate_suites(base, [suite])
+
+
 def made(scores, before=None, threshold=None, text="text"):
     """A report of suites with these scores; prompts and answers hold the text."""
     suites, results = [], []

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from workbench.errors import ConfigError, DataError, check_number, check_whole
 from workbench.evaluation.choices import score_options
 from workbench.evaluation.generation import encode_prompt, generate
-from workbench.evaluation.report import BehaviourReport, RowResult
+from workbench.evaluation.report import POOLED, BehaviourReport, RowResult
 from workbench.evaluation.suite_rows import ChoiceRow, SuiteRow
 from workbench.evaluation.suites import Suite, read_suites
 from workbench.models.loading import BaseModel
@@ -74,6 +74,8 @@ def _rows(suites: Sequence[Suite]) -> list[tuple[Suite, SuiteRow]]:
         raise DataError("there are no rows to evaluate", cure="Give at least one suite.")
     if len({suite.name for suite in suites}) < len(suites):
         raise DataError(f"two suites share a name: {[suite.name for suite in suites]}")
+    if POOLED in {suite.name for suite in suites}:
+        raise DataError(f"a suite is called {POOLED!r}, as the pooled score is", cure="Rename it.")
     return rows
 
 
