@@ -1,5 +1,8 @@
 """The figure of what rounding does to an export."""
 
+import pytest
+
+from workbench.errors import ConfigError
 from workbench.export.drift import Drift
 from workbench.live import exports
 
@@ -31,3 +34,9 @@ def test_every_export_has_its_bar_and_the_adapter_its_line(monkeypatch):
 
 def test_it_is_a_picture():
     assert exports.draw_drift({"8 $ bits": KEPT, "4 bits": DROWNED}).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("drifts", [{}, {"8 bits": KEPT, "4 bits": Drift(None, 0.1, None)}])
+def test_without_an_adapters_move_there_is_nothing_to_draw(drifts):
+    with pytest.raises(ConfigError, match="no adapter's move to compare"):
+        exports.draw_drift(drifts)

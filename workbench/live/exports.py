@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from workbench.errors import ConfigError
 from workbench.export.drift import LARGEST_NOISE, Drift
 from workbench.live.figures import (
     BLUE,
@@ -29,7 +30,15 @@ def draw_drift(drifts: Mapping[str, Drift]) -> bytes:
 
     Args:
         drifts: by the export's name, all of one model with one adapter.
+
+    Raises:
+        ConfigError: there is none, or one without an adapter that moves the logits.
     """
+    if not drifts or any(drift.lost is None for drift in drifts.values()):
+        raise ConfigError(
+            "there is no adapter's move to compare rounding with",
+            cure="Give the drift of exports that wb.fuse quantised, made with a trained adapter.",
+        )
     adapter = next(iter(drifts.values())).adapter
     figure = new_figure(12, 1.6 + 0.6 * len(drifts))
     axes = figure.subplots()
