@@ -170,6 +170,8 @@ def test_an_adapter_that_rounding_drowns_is_refused(tmp_path):
         (1.0, 0.6, 0.6, True),
         (1.0, 2.1, 0.0, True),
         (1.0, 2.1, -0.5, True),
+        (1.0, math.nan, math.nan, True),
+        (1.0, math.inf, -math.inf, True),
         (0.0, 2.1, None, False),
         (None, 2.1, None, False),
     ],

@@ -44,7 +44,9 @@ class Drift:
         """Whether rounding takes back or drowns what the adapter does."""
         if self.lost is None:
             return False
-        return self.lost > LARGEST_LOSS or self.rounding > LARGEST_NOISE * self.adapter
+        # Numbers that are none are within no bound.
+        kept = self.lost <= LARGEST_LOSS and self.rounding <= LARGEST_NOISE * self.adapter
+        return not kept
 
     def __str__(self) -> str:
         rounding = f"quantisation moves the logits by {self.rounding:.3g} (root mean square)"
