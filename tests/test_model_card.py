@@ -48,6 +48,15 @@ def test_an_adapters_card_says_what_it_is(tmp_path, layout):
     assert "Nobody measured, for this card, how well" in loaded.text
 
 
+def test_a_base_that_is_one_file_is_to_be_a_folder_first(tmp_path):
+    base = adapted()
+    for path, said in ((tmp_path, False), (tmp_path / "model.gguf", True)):
+        path.touch()
+        base.path = path
+        wb.save_adapter(base, tmp_path / "adapter")
+        assert ("wb.fuse" in (tmp_path / "adapter/README.md").read_text()) == said
+
+
 def test_without_a_run_nothing_is_said_of_the_training(tmp_path):
     wb.fuse(adapted(), tmp_path / "fused")
     text = (tmp_path / "fused/README.md").read_text()

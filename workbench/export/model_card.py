@@ -49,10 +49,13 @@ def adapter_card(base: BaseModel, attached: Attached, layout: str, run: Run | No
         "adapted layers": f"the last {attached.num_layers} of {attached.total}",
         "layout": layout,
     }
+    use = uses[layout]
+    if base.path.is_file():  # a GGUF file, which neither tool takes for an adapter's base
+        use = f"# <base model>: a folder, written of the base by wb.fuse before the adapter\n{use}"
     title = f"A {kind} adapter for {escaped_name(base)}"
     tags = [kind.lower(), "adapter", *(["mlx"] if layout == "mlx-lm" else [])]
     library = "mlx" if layout == "mlx-lm" else "peft"
-    return card(base, title, facts, uses[layout], library, tags, run)
+    return card(base, title, facts, use, library, tags, run)
 
 
 def card(
@@ -71,7 +74,7 @@ def card(
         base: the model that the export was made of.
         title: the first line, as Markdown.
         facts: what the export is, by name; values are escaped here.
-        use: one line that loads it.
+        use: what loads it.
         library, tags: for the front matter.
         run: the run that trained it, as `read_run` read it; None where there is none.
         measured: sentences of ours on what was measured while exporting.
