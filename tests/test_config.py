@@ -26,3 +26,9 @@ BAD_SETTINGS = [
 def test_a_bad_setting_raises_and_is_named(name, value):
     with pytest.raises(ConfigError, match=name):
         TrainConfig(**{name: value})
+
+
+def test_a_floor_above_the_largest_rate_is_refused():
+    assert TrainConfig(learning_rate=1e-3, min_learning_rate=1e-3).min_learning_rate == 1e-3
+    with pytest.raises(ConfigError, match=r"min_learning_rate 0.002 is above learning_rate 0.001"):
+        TrainConfig(learning_rate=1e-3, min_learning_rate=2e-3)

@@ -97,6 +97,11 @@ def test_a_cut_that_leaves_a_part_of_the_answers_is_counted(tokenizer):
 BAD = {
     "no chosen": ({"prompt": "Hi", "rejected": "b"}, "row: has no 'chosen'.*'prompt', 'chosen'"),
     "no rejected": ({"prompt": "Hi", "chosen": "b"}, "row: has no 'rejected'"),
+    "an empty answer": ({**ROW, "rejected": ""}, "row: 'rejected' is an empty answer"),
+    "an empty last message": (
+        {**WHOLE, "chosen": conversation("Hi", "")["messages"]},
+        "row: 'chosen' is an empty answer",
+    ),
     "another kind of row": ({"text": "a"}, "has no 'chosen'"),
     "no prompt": ({"chosen": "a", "rejected": "b"}, "has no 'prompt', and 'chosen' is no chat"),
     "equal sides": ({**ROW, "rejected": "Hello!"}, "are the same answer"),

@@ -122,8 +122,8 @@ def encode_pair(
         where: the row's place, for messages.
 
     Raises:
-        DataError: a side is missing or no answer, the sides are equal, their prompts are not, or
-            max_length leaves nothing of an answer or nothing that tells the sides apart.
+        DataError: a side is missing, empty or no answer, the sides are equal, their prompts are
+            not, or max_length leaves nothing of an answer or nothing that tells the sides apart.
     """
     chats = {side: _chat(row, side, where) for side in SIDES}
     _require_one_prompt(chats["chosen"][:-1], chats["rejected"][:-1], where)
@@ -146,6 +146,13 @@ def encode_pair(
 
 def _chat(row: Mapping[str, object], side: str, where: str) -> Messages:
     """Prompt and answer of a side, as messages of which the last is the assistant's."""
+    chat = _whole_chat(row, side, where)
+    if not (chat[-1].get("content") or chat[-1].get("tool_calls")):
+        raise DataError(f"{side!r} is an empty answer", where=where, cure=CURE)
+    return chat
+
+
+def _whole_chat(row: Mapping[str, object], side: str, where: str) -> Messages:
     given, prompt, place = row.get(side), row.get("prompt"), f"{where}, {side}"
     if given is None:
         raise DataError(f"has no {side!r}", where=where, cure=CURE)

@@ -91,6 +91,9 @@ class TrainConfig:
                 check_whole(name, value, smallest)
         for name, smallest in NUMBERS.items():
             check_number(name, getattr(self, name), smallest)
+        if self.min_learning_rate > self.learning_rate:
+            floor, peak = self.min_learning_rate, self.learning_rate
+            raise ConfigError(f"min_learning_rate {floor:g} is above learning_rate {peak:g}")
         if not self.lora_plus_ratio:
             raise ConfigError("lora_plus_ratio must be above 0, or no lora_b learns")
         if self.warmup_from is not None:
