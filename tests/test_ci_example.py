@@ -11,8 +11,10 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from workbench.blas import cache_folder
+from workbench.doctor.installation import PROJECT
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / "docs" / "ci_example" / "notebooks.yml"
@@ -105,8 +107,9 @@ def test_every_step_that_installs_nothing_is_run_here():
 
 def test_the_package_is_asked_for_by_its_name():
     (install,) = [step["run"] for step in JOB["steps"] if step.get("name") == "Install"]
-    assert re.search(r'^name = "mlx-lora-workbench"$', (ROOT / "pyproject.toml").read_text(), re.M)
-    assert '"mlx-lora-workbench @ $WORKBENCH"' in install
+    asked = re.search(r'"(.+)"', install)[1].replace("$WORKBENCH", CONTENT["env"]["WORKBENCH"])
+    assert Requirement(asked).name == PROJECT
+    assert Requirement(asked).url == CONTENT["env"]["WORKBENCH"]
 
 
 @pytest.mark.long

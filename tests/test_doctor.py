@@ -102,8 +102,10 @@ def test_a_check_that_raises_is_a_failure_with_the_errors_text():
     checks = [("one", broken), ("two", refused), ("three", lambda s: Record("three", OK, "3"))]
     one, two, three = examine(checks, Settings())
     assert (one.name, one.state) == ("one", FAILS)
-    assert one.seen.startswith("RuntimeError: no luck \\x1b[31mxxx")
+    assert one.seen.startswith("RuntimeError: no luck \x1b[31mxxx")
     assert len(one.seen) == ERROR_CUT + 1
+    assert "\\x1b[31mxxx" in str(one)
+    assert "\x1b" not in str(one)
     assert two == Record("two", FAILS, "there: is wrong", "Do this.")
     assert three.state == OK
 
@@ -137,6 +139,18 @@ def test_a_kernel_of_another_python_is_noticed(tmp_path, monkeypatch):
     assert str(specs) in record.cure
 
 
+def test_a_kernel_that_finds_another_workbench_is_noticed(tmp_path, monkeypatch):
+    (tmp_path / "workbench").mkdir()
+    (tmp_path / "workbench" / "__init__.py").touch()
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    specs = kernel_spec(tmp_path, "changed", argv, env={"PYTHONPATH": str(tmp_path)})
+    monkeypatch.setenv("JUPYTER_PATH", str(specs))
+    record = check_kernel(Settings(kernel="changed"))
+    assert record.state == WARNING
+    assert str(tmp_path / "workbench") in record.seen
+    assert "pip install -e" in record.cure
+
+
 def test_a_kernel_that_hangs_is_given_up_and_ended(tmp_path, monkeypatch):
     argv = [sys.executable, "-c", "import time; time.sleep(600)", "{connection_file}"]
     monkeypatch.setenv("JUPYTER_PATH", str(kernel_spec(tmp_path, "hangs", argv)))
@@ -167,7 +181,7 @@ def test_widgets_that_are_switched_off_are_noticed(tmp_path, monkeypatch):
     assert check_widgets(Settings()).state == OK
 
 
-@pytest.mark.parametrize("place", ["file", "/proc/workbench"])
+@pytest.mark.parametrize("place", ["file", "/proc/workbench", "/proc"])
 def test_a_cache_folder_that_cannot_be_written_to_is_named(place, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / place))

@@ -16,7 +16,7 @@ COMMANDS = {  # name of the module: what it does
     "doctor": "what works on this machine, and how to cure what does not",
     "runs": "list, compare and delete runs",
     "sweep": "run a notebook with many parameters, one run folder each",
-    "launch": "train in several processes, on one machine or more",
+    "launch": "run one training as several processes of this machine",
 }
 ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit statuses, as shells have them
 

@@ -14,12 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from workbench.doctor.installation import INSTALL
 from workbench.doctor.records import FAILS, OK, WARNING, Record, Settings
 
 MANAGER = "@jupyter-widgets/jupyterlab-manager"  # JupyterLab's side of ipywidgets
 ASKED = {  # expressions that a kernel works out
     "sum": "1 + 1",
-    "prefix": "__import__('sys').prefix",
+    "prefix": "__import__('os').path.realpath(__import__('sys').prefix)",
     "package": "getattr(__import__('importlib.util').util.find_spec('workbench'), 'origin', None)",
 }
 PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -37,10 +38,13 @@ def check_kernel(settings: Settings) -> Record:
     told = _ask_kernel(name, settings.kernel_seconds)
     if told["sum"] != "2":
         return Record("kernel", FAILS, f"{name} says that 1 + 1 is {told['sum']}")
-    if told["package"] != repr(importlib.util.find_spec("workbench").origin):
-        seen = f"{name} is the Python in {told['prefix']}; its workbench: {told['package']}"
+    if told["prefix"] != repr(os.path.realpath(sys.prefix)):
+        seen = f"{name} is the Python in {told['prefix']}, not the one that runs here"
         cure = f"Remove {known[name]}, or choose a kernel of {sys.prefix} in your notebooks."
-        return Record("kernel", WARNING, f"{seen}; not the one that runs here", cure)
+        return Record("kernel", WARNING, seen, cure)
+    if told["package"] != repr(importlib.util.find_spec("workbench").origin):
+        seen = f"{name} starts, but the workbench that it finds is {told['package']}, not this one"
+        return Record("kernel", WARNING, seen, INSTALL.format(extra="dev"))
     return Record("kernel", OK, f"{name} starts and computes, and finds this workbench")
 
 

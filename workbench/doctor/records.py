@@ -37,13 +37,18 @@ class Record:
     def __str__(self) -> str:
         start = f"{self.state:<8} {self.name:<11} "
         indent = " " * len(start)
-        lines = [textwrap.fill(self.seen, WIDTH, initial_indent=start, subsequent_indent=indent)]
+        lines = [_fill(self.seen, start, indent)]
         if self.cure:
-            first = f"{indent}→ "
-            lines.append(
-                textwrap.fill(self.cure, WIDTH, initial_indent=first, subsequent_indent=indent)
-            )
+            lines.append(_fill(self.cure, f"{indent}→ ", indent))
         return "\n".join(lines)
+
+
+def _fill(text: str, first: str, indent: str) -> str:
+    """Lines of `WIDTH` columns; paths and options stay whole, to be copied."""
+    shape = {"initial_indent": first, "subsequent_indent": indent}
+    return textwrap.fill(
+        visible(text), WIDTH, break_long_words=False, break_on_hyphens=False, **shape
+    )
 
 
 Check = Callable[[Settings], Record]
@@ -67,5 +72,5 @@ def examine(checks: Iterable[tuple[str, Check]], settings: Settings) -> Iterator
 
 
 def _line(text: str) -> str:
-    shown = " ".join(visible(text).split())
-    return shown if len(shown) <= ERROR_CUT else shown[:ERROR_CUT] + "…"
+    line = " ".join(text.split())
+    return line if len(line) <= ERROR_CUT else line[:ERROR_CUT] + "…"
