@@ -59,12 +59,12 @@ def check_disk(settings: Settings) -> Record:
 
 
 def check_cache(settings: Settings) -> Record:
-    """Whether files can be written into the cache folder."""
+    """Whether files can be made in the cache folder."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"doctor")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         seen = f"{folder} cannot be written to ({error.strerror or error})"
         return Record(
