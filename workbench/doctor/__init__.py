@@ -1,0 +1,1 @@
+"""What works on this machine: small checks, each of which returns one record."""
