@@ -111,7 +111,7 @@ def _names(table: pd.DataFrame, labels: str | Sequence[str] | None) -> list[str]
     ]
     again = pd.Series(names, dtype=object).duplicated(keep=False)
     return [
-        f"{name} · {own}".strip(" ·")[:LABEL] if twice else name[:LABEL]
+        f"{name} · {own}".strip(" ·")[:LABEL] if twice or not name else name[:LABEL]
         for name, own, twice in zip(names, table["name"], again)
     ]
 
@@ -232,7 +232,7 @@ def _fill(axes: Axes, cells: pd.DataFrame) -> None:
 
 
 def _best_cell(cells: pd.DataFrame, x: str, y: str, value: str, largest: bool) -> str:
-    flat = cells.stack()
+    flat = cells.where(np.isfinite(cells)).stack().dropna()
     at = flat.idxmax() if largest else flat.idxmin()
     place = f"{short_name(x)} {in_words(at[1])}, {short_name(y)} {in_words(at[0])}"
     word = "Highest" if largest else "Lowest"
