@@ -79,6 +79,7 @@ def test_curves_are_those_of_the_runs(table, drawn):
     np.testing.assert_allclose(drawn["lines"][name][:, 1], smooth)
     assert drawn["axes"] == ("step (optimizer updates)", "loss, smoothed (nats)")
     ends = {name: line[-1, 1] for name, line in drawn["lines"].items()}
+    assert list(ends.values()) == sorted(ends.values(), reverse=True)  # as the legend has them
     best = min(ends, key=ends.get)
     left_out = "(1 without any left out)"
     assert drawn["title"] == f"Lowest loss at the end: {best}, with {ends[best]:.3g} {left_out}"

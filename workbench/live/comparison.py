@@ -38,8 +38,8 @@ from workbench.runs.records import PARAMETER
 from workbench.runs.table import as_table, column_of, compare_configs
 
 COLORS = (BLUE, ORANGE, GREEN, VIOLET, YELLOW, RED)
-SHADES = "viridis"  # of more curves than colours, from the first row of the table to the last
-DARKEST, LIGHTEST = 0.15, 0.9  # of those shades: both ends must read on both grounds
+SHADES = "viridis"  # of more curves than colours, from the highest end to the lowest
+DARKEST, LIGHTEST = 0.25, 0.9  # of those shades: both ends must read on both grounds
 MAX_CURVES, MAX_CELLS, MAX_LABELS = 48, 30, 3
 LABEL = 60  # characters
 CURVES = {  # y → column of a run's history, and what its axis says
@@ -76,11 +76,18 @@ def draw_runs(
         cure = f"Choose at most {MAX_CURVES}: table.sort_values('loss').head(10)."
         raise ConfigError(f"{len(table)} curves cannot be told apart", cure=cure)
     curves = dict(zip(_names(table, labels), (_curve(folder, y) for folder in table.folder)))
-    drawn = {name: curve for name, curve in curves.items() if curve is not None}
+    found = [(name, curve) for name, curve in curves.items() if curve is not None]
+    drawn = dict(sorted(found, key=lambda item: -item[1][1][-1]))  # the legend's order is theirs
     if not drawn:
         raise ConfigError(f"no run of the table has a {y}", cure="Look at their states.")
     figure = new_figure(11, max(4.4, 1.2 + 0.22 * min(len(drawn), MAX_CURVES // 2)))
-    axes = figure.add_subplot()
+    _draw_curves(figure.add_subplot(), drawn, y)
+    headline(figure, _finding(drawn, y, len(curves) - len(drawn)))
+    figure.tight_layout()
+    return png(figure)
+
+
+def _draw_curves(axes: Axes, drawn: dict[str, tuple[np.ndarray, np.ndarray]], y: str) -> None:
     for (name, (steps, values)), color in zip(drawn.items(), _colors(len(drawn))):
         marker = "o" if y == "valid_loss" or len(steps) == 1 else ""
         axes.plot(steps, values, color=color, linewidth=2, label=name, marker=marker, markersize=4)
@@ -92,9 +99,6 @@ def draw_runs(
     plain(axes)
     columns = 1 if len(drawn) <= MAX_CURVES // 2 else 2
     add_legend(axes, loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=8.5, ncols=columns)
-    headline(figure, _finding(drawn, y, len(curves) - len(drawn)))
-    figure.tight_layout()
-    return png(figure)
 
 
 def _names(table: pd.DataFrame, labels: str | Sequence[str] | None) -> list[str]:

@@ -170,12 +170,7 @@ def read_record(root: str, name: str, stamp: str, known: str) -> tuple[Record, s
             problems.append(f"{METRICS_NAME} {_reason(error)}")
     if digest.problem:
         problems.append(f"{METRICS_NAME}: {digest.problem}")
-    columns = flat(results, RESULT)
-    for column, value in flat(config).items():
-        taken = column in (*FIRST, *LAST) or column.startswith((RESULT, PARAMETER))
-        columns[CONFIG + column if taken else column] = value
-    if isinstance(job.get("parameters"), dict):
-        columns |= flat(job["parameters"], PARAMETER)
+    columns = _columns(config, results, job)
     job_state = job.get("state") if isinstance(job.get("state"), str) else ""
     if job_state in ("failed", "killed") and isinstance(job.get("error"), str):
         problems.append(printable(job["error"], MAX_TEXT))
@@ -183,9 +178,22 @@ def read_record(root: str, name: str, stamp: str, known: str) -> tuple[Record, s
         name, stamp, "; ".join(problems), printable(job_state, 20), _started(marks),
         digest.steps, digest.total_steps, digest.loss, digest.best_valid_loss, digest.best_step,
         digest.tokens_per_second, digest.seconds or None, digest.peak_bytes, digest.process_bytes,
-        len(flat(results)), tuple(columns), list(columns.values()),
+        sum(name.startswith(RESULT) for name in columns), tuple(columns), list(columns.values()),
     )  # fmt: skip
     return record, digest.as_json()
+
+
+def _columns(
+    config: Mapping[str, object], results: Mapping[str, object], job: Mapping[str, object]
+) -> dict[str, object]:
+    """A table's further columns: results first, then the configuration, then parameters."""
+    columns = flat(results, RESULT)
+    for name, value in flat(config).items():
+        taken = name in (*FIRST, *LAST) or name.startswith((RESULT, PARAMETER))
+        columns[CONFIG + name if taken else name] = value
+    if isinstance(job.get("parameters"), dict):
+        columns |= flat(job["parameters"], PARAMETER)
+    return columns
 
 
 def _read_object(folder: str, name: str, problems: list[str]) -> dict[str, object]:
