@@ -97,6 +97,10 @@ class ObjectiveWarning(UserWarning):
     """A part of the loss is reported, and trains nothing."""
 
 
+class IndexWarning(UserWarning):
+    """The index of many runs cannot be used; the runs' folders were read instead."""
+
+
 class ObserverWarning(UserWarning):
     """An observer of a training failed; the training goes on without it."""
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import time
 import weakref
 from pathlib import Path
 
 from workbench.errors import RunError
 
 LOCK_NAME = ".lock"
+TRIES, PAUSE = 20, 0.01  # a reader that asks whether a folder is held holds it for a moment
 
 _held: dict[Path, tuple[int, weakref.ref]] = {}  # folder → its open file, and who may write
 
@@ -42,16 +45,37 @@ def _lock(folder: Path) -> int:
         handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise RunError(f"cannot be used as a run folder ({error.strerror})", where=folder) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for _ in range(TRIES):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except OSError:
+            time.sleep(PAUSE)
+    os.close(handle)
+    raise RunError(
+        "is being written by another process",
+        where=folder,
+        cure="Wait for it, end it, or give this run a folder of its own.",
+    )
+
+
+def is_held(folder: str | os.PathLike) -> bool:
+    """Whether anybody, in this process or another, holds a folder's lock; makes no file.
+
+    It asks by taking the lock together with other readers, and letting go at once.
+    """
+    try:  # without waiting for the writer of a pipe
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        handle = os.open(os.path.join(folder, LOCK_NAME), flags)
     except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK
+    finally:
         os.close(handle)
-        raise RunError(
-            "is being written by another process",
-            where=folder,
-            cure="Wait for it, end it, or give this run a folder of its own.",
-        ) from None
-    return handle
 
 
 def _is_open_file(handle: int, path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -55,7 +56,7 @@ def identity(
 
 
 def run_config(trainer: Trainer) -> dict[str, object]:
-    """What a run folder says of the run: how it trains, which model, on what."""
+    """What a run folder says of the run: how it trains, which model, on what, and where."""
     parts: dict[str, object] = {
         "train": trainer.config,
         "model": trainer.base.name,
@@ -64,7 +65,8 @@ def run_config(trainer: Trainer) -> dict[str, object]:
     }
     if trainer.objective is not None:
         parts["objective"] = trainer.objective.config
-    return as_config(**parts)
+    versions = {"python": platform.python_version(), "workbench": _workbench_version()}
+    return as_config(**parts, environment=environment() | versions)
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
@@ -95,6 +97,13 @@ def environment() -> dict[str, str]:
         "device": str(mx.default_device()),
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _workbench_version() -> str:
+    try:
+        return importlib.metadata.version("mlx-lora-workbench")
+    except importlib.metadata.PackageNotFoundError:  # used from its source
+        return "not installed"
 
 
 def _settings(config: TrainConfig, objective: ObjectiveConfig | None = None) -> dict[str, object]:

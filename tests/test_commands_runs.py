@@ -1,0 +1,94 @@
+"""The list of runs in a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import json
+
+import pytest
+
+from tests.toy_runs import toy_run, write_job
+from workbench.commands.runs import add_arguments, run
+from workbench.errors import ConfigError, RunError
+from workbench.runs.results import record_results
+from workbench.runs.store import RunFolder
+
+
+@pytest.fixture
+def runs(tmp_path, capsys):
+    """Runs the command on three runs; its status and what it printed."""
+    for name, steps in (("a", 3), ("b", 1), ("c", 2)):
+        folder = write_job(toy_run(tmp_path / name, steps), parameters={"rank": steps})
+        record_results(folder, accuracy=steps / 4)
+
+    def call(*words, root=tmp_path):
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        status = run(parser.parse_args(["--root", str(root), *map(str, words)]))
+        return status, capsys.readouterr().out
+
+    return call
+
+
+def test_the_table(runs):
+    status, text = runs("--sort", "accuracy")
+    head, *rows = [line.split() for line in text.splitlines()]
+    assert status == 0
+    assert head[:3] == ["name", "state", "steps"]
+    assert head[-2:] == ["parameters.rank", "result.accuracy"]
+    assert [row[0] for row in rows] == ["b", "c", "a"]
+    assert rows[0][1:4] == ["finished", "1", "1"]
+    assert rows[0][-2:] == ["1", "0.25"]
+    words = ("--sort", "steps", "--largest", "--limit", 2, "--columns", "name,rank")
+    assert runs(*words)[1].split() == ["name", "parameters.rank", "a", "3", "c", "2"]
+
+
+def test_json(runs):
+    rows = json.loads(runs("--json")[1])
+    assert [row["steps"] for row in rows] == [3, 1, 2]
+    assert rows[0]["best_valid_loss"] is None
+    assert rows[0]["train.schedule"] == "cosine"
+    assert json.loads(runs("--json", "--columns", "name", "--limit", 1)[1]) == [{"name": "a"}]
+    assert "train.schedule" in runs("--columns", "all")[1]
+
+
+def test_columns_of_any_kind_are_sorted(runs, tmp_path):
+    record_results(tmp_path / "b", accuracy="none")
+    for column in ("accuracy", "name", "started", "best_step", "problem"):
+        assert len(runs("--sort", column)[1].splitlines()) == 4
+
+
+def test_nothing_to_list(runs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert runs(root=tmp_path / "empty")[1] == f"No runs in {tmp_path / 'empty'}.\n"
+    with pytest.raises(RunError, match="cannot be listed"):
+        runs(root=tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="--limit"):
+        runs("--limit", 0)
+    with pytest.raises(ConfigError, match="no column"):
+        runs("--columns", "nonsense")
+
+
+@pytest.mark.parametrize(("answer", "left"), [("y", 2), ("YES ", 2), ("n", 3), ("", 3), (None, 3)])
+def test_deleting_asks_first(runs, tmp_path, monkeypatch, answer, left):
+    def reply(question):
+        assert str(tmp_path / "b") in question
+        if answer is None:
+            raise EOFError
+        return answer
+
+    monkeypatch.setattr(builtins, "input", reply)
+    status, text = runs("--delete", tmp_path / "b")
+    assert status == (left == 3)
+    assert ("Deleted" in text, "Nothing was deleted" in text) == (left == 2, left == 3)
+    assert len(json.loads(runs("--json")[1])) == left
+
+
+def test_deleting_without_a_question(runs, tmp_path):
+    holder = RunFolder(tmp_path / "b", {})
+    with pytest.raises(RunError, match="is being written"):
+        runs("--delete", tmp_path / "b", "--yes")
+    del holder
+    assert runs("--delete", tmp_path / "b", "--yes")[0] == 0
+    assert not (tmp_path / "b").exists()

@@ -1,0 +1,279 @@
+"""The index of the runs is a memory that may fail: the table is whole all the same."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import stat
+import warnings
+
+import pandas as pd
+import pytest
+
+from tests.process import finish, run, start
+from tests.toy_runs import toy_run
+from workbench.errors import IndexWarning
+from workbench.runs import index
+from workbench.runs.index import INDEX_NAME
+from workbench.runs.table import runs
+
+NAMES = ["a", "b", "c"]
+APPEND = """
+    import sys
+    from workbench.runs.store import RunFolder
+    folder = RunFolder({folder!r}, {{"writer": {number}}})
+    for step in range(1, {steps} + 1):
+        row = {{"step": step, "total_steps": {steps}, "loss": 1 / step, "step_seconds": 1.0}}
+        folder.append(row)
+"""
+LIST = """
+    import time, warnings
+    warnings.simplefilter("error")
+    from workbench.runs.table import runs
+    seen, deadline = 0, time.monotonic() + 240
+    while seen < {total} and time.monotonic() < deadline:
+        table = runs({root!r})
+        assert table.problem.tolist() == [""] * len(table), table.problem.tolist()
+        assert table.steps.sum() >= seen, "steps were lost"
+        assert (table.seconds.fillna(0) == table.steps).all(), "a row counts twice, or not at all"
+        seen = table.steps.sum()
+    print(seen)
+"""
+KILLED = """
+    import os, signal
+    from workbench.runs import index
+    index.BATCH, own, left = 2, index.Index._change, [3]
+    def change(self, sql, rows):
+        own(self, sql, rows)
+        left[0] -= bool(rows)
+        if not left[0]:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany(sql, [("torn", *row[1:]) for row in rows])
+            os.kill(os.getpid(), signal.SIGKILL)
+    index.Index._change = change
+    from workbench.runs.table import runs
+    runs({root!r})
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder with three runs and their index."""
+    for number, name in enumerate(NAMES, 1):
+        toy_run(tmp_path / name, number)
+    runs(tmp_path)
+    return tmp_path
+
+
+def is_whole(root):
+    """The table has the three runs with their steps."""
+    return runs(root)[["name", "steps"]].to_numpy().tolist() == [["a", 1], ["b", 2], ["c", 3]]
+
+
+def is_known(root):
+    """Whether the index alone says the same."""
+    table = runs(root, refresh=False)
+    with sqlite3.connect(root / INDEX_NAME) as connection:
+        rows = connection.execute("SELECT name, steps FROM run ORDER BY name").fetchall()
+    return list(table[["name", "steps"]].itertuples(index=False, name=None)) == rows != []
+
+
+@pytest.mark.fault("index of the runs")
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9])
+def test_a_truncated_index_is_made_anew(root, share):
+    path = root / INDEX_NAME
+    os.truncate(path, int(share * path.stat().st_size))
+    assert is_whole(root)
+    assert is_known(root)
+
+
+@pytest.mark.fault("index of the runs")
+def test_a_lost_index_is_made_anew(root):
+    (root / INDEX_NAME).unlink()
+    assert is_whole(root)
+    assert is_known(root)
+
+
+@pytest.mark.fault("index of the runs")
+def test_what_is_no_index_is_moved_aside(root):
+    (root / INDEX_NAME).write_bytes(b"not a database at all, but somebody's notes\n" * 200)
+    assert is_whole(root)
+    assert is_known(root)
+    assert (root / "index.damaged").read_bytes().startswith(b"not a database")
+
+
+@pytest.mark.fault("index of the runs")
+@pytest.mark.parametrize("place", range(0, 24_000, 2000))
+def test_flipped_bytes_never_spoil_the_table(root, place):
+    path = root / INDEX_NAME
+    content = bytearray(path.read_bytes())
+    for at in range(place, min(place + 300, len(content))):
+        content[at] ^= 0x5A
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IndexWarning)
+        table = runs(root)
+    assert set(table.name) >= set(NAMES)
+    assert table[["loss", "train.learning_rate", "folder"]].notna().all(axis=None)
+
+
+@pytest.mark.fault("index of the runs")
+@pytest.mark.parametrize(
+    "change",
+    [
+        "PRAGMA application_id = 7",
+        "UPDATE run SET steps = 'many', loss = x'00', name = x'ff' WHERE name = 'a'",
+        "UPDATE run SET names = '[1]'",
+        "UPDATE run SET values_ = '[[1], [2]]'",
+        "UPDATE run SET values_ = values_ || ', []'",
+        "UPDATE run SET values_ = '" + "[" * 100_000 + "'",
+        "UPDATE run SET digest = '{\"offset\": \"x\"}', stamp = ''",
+        "UPDATE run SET digest = '{\"offset\": -5}', stamp = ''",
+        "DROP TABLE run",
+        "ALTER TABLE run ADD COLUMN more",
+        "CREATE TRIGGER t AFTER INSERT ON run BEGIN DELETE FROM run; END",
+        "PRAGMA user_version = 0",
+    ],
+)
+def test_an_index_of_other_content_does_no_harm(root, change):
+    with sqlite3.connect(root / INDEX_NAME) as connection:
+        connection.execute(change)
+    connection.close()
+    if "application_id" in change:
+        with pytest.warns(IndexWarning, match="another program's database"):
+            assert is_whole(root)
+    else:
+        assert is_whole(root)
+        assert is_known(root)
+
+
+@pytest.mark.fault("index of the runs")
+def test_another_programs_database_is_left_alone(root):
+    path = root / INDEX_NAME
+    path.unlink()
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE bookmarks (place)")
+        connection.execute("INSERT INTO bookmarks VALUES ('mine')")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.warns(IndexWarning, match="another program's database"):
+        assert is_whole(root)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.fault("index of the runs")
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("elsewhere")])
+def test_what_is_no_file_is_left_alone(root, make):
+    path = root / INDEX_NAME
+    path.unlink()
+    make(path)
+    with pytest.warns(IndexWarning, match="not a regular file"):
+        assert is_whole(root)
+    assert not stat.S_ISREG(os.lstat(path).st_mode)
+    assert not (root / "elsewhere").exists()
+
+
+@pytest.mark.fault("index of the runs")
+@pytest.mark.parametrize("kept", ["BEGIN IMMEDIATE", "PRAGMA locking_mode = EXCLUSIVE"])
+def test_a_locked_index_is_waited_for_and_done_without(root, kept, monkeypatch):
+    monkeypatch.setattr(index, "WAIT_SECONDS", 0.3)
+    toy_run(root / "d", 4)
+    holder = sqlite3.connect(root / INDEX_NAME, isolation_level=None)
+    holder.execute("PRAGMA journal_mode = DELETE" if "EXCLUSIVE" in kept else "PRAGMA user_version")
+    holder.execute(kept)
+    if "EXCLUSIVE" in kept:
+        holder.execute("BEGIN EXCLUSIVE")
+    with pytest.warns(IndexWarning, match=r"index\.sqlite: is locked by another process.*End the"):
+        assert runs(root).steps.tolist() == [1, 2, 3, 4]
+    holder.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert runs(root).steps.tolist() == [1, 2, 3, 4]
+    assert len(runs(root, refresh=False)) == 4
+
+
+READ_ONLY = """
+    import os, warnings
+    warnings.simplefilter("error")
+    from workbench.runs import records
+    from workbench.runs.table import runs
+    if os.getuid() == 0:
+        os.setgroups([]), os.setgid(65534), os.setuid(65534)
+    table = runs({root!r})
+    assert table.steps.tolist() == [1, 2, 3, 4], table
+    assert table.problem.tolist() == [""] * 4, table.problem.tolist()
+    read = []
+    own = records.read_on
+    records.read_on = lambda path, digest: read.append(path) or own(path, digest)
+    runs({root!r})
+    print(len(read))
+"""
+
+
+@pytest.mark.fault("index of the runs")
+def test_on_a_disk_to_read_from_the_old_index_still_helps(root):
+    toy_run(root / "d", 4)
+    folders = [root, *(root / name for name in [*NAMES, "d"])]
+    above = [path for path in root.parents if path.owner() == root.owner() and path.name]
+    for folder in [*above[:3], *folders]:
+        os.chmod(folder, 0o555 if folder in folders else 0o755)
+    try:
+        finished = run(READ_ONLY.format(root=str(root)))
+    finally:
+        for folder in [*above[:3], *folders]:
+            os.chmod(folder, 0o700)
+    assert (finished.code, finished.out) == (0, "1"), finished.err  # of four
+
+
+def test_no_file_is_left_beside_the_index(root):
+    assert sorted(p.name for p in root.iterdir() if p.is_file()) == [INDEX_NAME]
+
+
+@pytest.mark.fault("index of the runs")
+def test_a_refresh_that_is_killed_leaves_a_whole_index(tmp_path):
+    for number in range(9):
+        toy_run(tmp_path / f"run-{number}", number)
+    killed = run(KILLED.format(root=str(tmp_path)))
+    assert killed.code == -signal.SIGKILL, killed.err
+    with sqlite3.connect(tmp_path / INDEX_NAME) as connection:
+        assert len(connection.execute("SELECT name FROM run").fetchall()) == 6
+    connection.close()
+    assert runs(tmp_path).steps.tolist() == list(range(9))
+    assert runs(tmp_path, refresh=False).steps.tolist() == list(range(9))
+
+
+def test_an_index_that_is_replaced_knows_nothing_of_others(root, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    toy_run(other / "a", 7)
+    shutil.copy(root / INDEX_NAME, other)
+    assert runs(other).steps.tolist() == [7]
+
+
+def writers_and_readers(tmp_path, writers, steps, readers):
+    """Processes that append, while others list; every step must come to be seen."""
+    root, total = tmp_path / "runs", writers * steps
+    root.mkdir()
+    listing = [start(LIST.format(root=str(root), total=total)) for _ in range(readers)]
+    writing = [
+        start(APPEND.format(folder=str(root / f"w{number}"), number=number, steps=steps))
+        for number in range(writers)
+    ]
+    for process in [*writing, *listing]:
+        finished = finish(process, 300)
+        assert finished.code == 0, finished.err
+        assert finished.out in ("", str(total))
+    table = runs(root)
+    assert table.steps.tolist() == [steps] * writers
+    assert table.state.tolist() == ["finished"] * writers
+    pd.testing.assert_frame_equal(runs(root, refresh=False), table)
+
+
+def test_nothing_is_lost_while_some_write_and_others_list(tmp_path):
+    writers_and_readers(tmp_path, writers=2, steps=300, readers=2)
+
+
+@pytest.mark.long
+def test_nothing_is_lost_with_eight_writers_of_a_thousand_steps(tmp_path):
+    writers_and_readers(tmp_path, writers=8, steps=1000, readers=2)

@@ -1,0 +1,334 @@
+"""A table of every run: what it says, and that it is right whatever becomes of the folders."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.toy import write_jsonl
+from tests.toy_runs import rows, toy_run, write_job
+from tests.toy_training import toy_trainer
+from workbench.errors import ConfigError, RunError
+from workbench.runs.index import INDEX_NAME
+from workbench.runs.results import record_results
+from workbench.runs.store import RunFolder
+from workbench.runs.table import best_run, compare_configs, runs
+
+
+def row_of(root, name="run"):
+    """The table's row of one run."""
+    (row,) = (row for _, row in runs(root).iterrows() if row["name"] == name)
+    return row
+
+
+def test_a_training_is_a_row_with_its_numbers(tmp_path):
+    trainer = toy_trainer(valid=[9, 12], run_dir=tmp_path / "run", valid_every=2, epochs=3)
+    reports = list(trainer)
+    record_results(tmp_path / "run", accuracy=np.float32(0.5), note="a", mean=math.nan)
+    row = row_of(tmp_path)
+    assert (row.state, row.steps, row.total_steps) == ("finished", len(reports), len(reports))
+    assert row.loss == reports[-1].loss
+    best = min((r for r in reports if r.valid_loss is not None), key=lambda r: r.valid_loss)
+    assert (row.best_valid_loss, row.best_step) == (best.valid_loss, best.step)
+    middle = np.median([report.tokens_per_second for report in reports])
+    assert row.tokens_per_second == pytest.approx(middle, rel=1e-4)
+    seconds = sum(report.step_seconds + (report.valid_seconds or 0) for report in reports)
+    assert row.seconds == pytest.approx(seconds)
+    assert row.peak_bytes == max(report.peak_bytes for report in reports)
+    assert row.process_bytes == max(report.process_bytes for report in reports)
+    assert (row["result.accuracy"], row["result.note"]) == (0.5, "a")
+    assert math.isnan(row["result.mean"])
+    assert row["train.learning_rate"] == trainer.config.learning_rate
+    assert row["train.adam_betas"] == json.dumps(trainer.config.adam_betas)
+    assert {"environment.mlx", "environment.BLAS", "environment.device"} <= set(row.index)
+    assert {"environment.machine", "environment.python", "environment.workbench"} <= set(row.index)
+    assert os.path.samefile(row.folder, tmp_path / "run")
+    written = pd.Timestamp((tmp_path / "run" / "config.json").stat().st_mtime, unit="s", tz="UTC")
+    assert abs((row.started - written).total_seconds()) <= 1
+
+
+def test_states(tmp_path):
+    toy_run(tmp_path / "finished")
+    toy_run(tmp_path / "stopped", 2, total=5)
+    toy_run(tmp_path / "empty", 0)
+    held = RunFolder(tmp_path / "running", {"a": 1})
+    error = "cell [3] failed:\n\x1b[31m<b>"
+    write_job(tmp_path / "sweep" / "failed", "failed", error=error, parameters={"rank": 2})
+    write_job(toy_run(tmp_path / "sweep" / "killed", 2, total=5), "killed")
+    write_job(toy_run(tmp_path / "sweep" / "left", 5), "running")  # and nobody is at it
+    write_job(tmp_path / "sweep" / "done", "finished")
+    toy_run(tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    table = runs(tmp_path).set_index("name")
+    assert table.state.to_dict() == {
+        "finished": "finished",
+        "stopped": "stopped",
+        "empty": "empty",
+        "running": "running",
+        "sweep/failed": "failed",
+        "sweep/killed": "failed",
+        "sweep/left": "stopped",
+        "sweep/done": "finished",
+        "damaged": "damaged",
+    }
+    assert table.problem["sweep/failed"] == "cell [3] failed:\\n\\x1b[31m<b>"
+    assert table["parameters.rank"]["sweep/failed"] == 2
+    assert "config.json is damaged" in table.problem["damaged"]
+    assert table.problem.astype(bool).sum() == 2
+    del held
+    assert runs(tmp_path).set_index("name").state["running"] == "empty"
+
+
+def test_asking_does_not_disturb_who_writes(tmp_path):
+    before = RunFolder(tmp_path / "run", {})
+    assert row_of(tmp_path).state == "running"
+    before.append({"step": 1})  # which checks that the folder is still its own
+    del before
+    assert row_of(tmp_path).state == "stopped"
+    assert RunFolder(tmp_path / "run", {}).is_mine
+
+
+def test_only_what_changed_is_read(tmp_path, monkeypatch):
+    toy_run(tmp_path / "a"), toy_run(tmp_path / "b")
+    first = runs(tmp_path)
+    read = []
+    own = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: read.append(str(path)) or own(path, *rest))
+    pd.testing.assert_frame_equal(runs(tmp_path), first)
+    assert not [path for path in read if "metrics" in path or "config" in path]
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(rows(4)[3]) + "\n")
+    assert runs(tmp_path).steps.tolist() == [3, 4]
+    assert {path for path in read if "metrics" in path} == {str(tmp_path / "b" / "metrics.jsonl")}
+
+
+def test_an_index_that_is_not_refreshed_says_what_it_knew(tmp_path):
+    toy_run(tmp_path / "a")
+    runs(tmp_path)
+    toy_run(tmp_path / "b")
+    assert runs(tmp_path, refresh=False).name.tolist() == ["a"]
+    assert runs(tmp_path).name.tolist() == ["a", "b"]
+    (tmp_path / INDEX_NAME).unlink()
+    assert len(runs(tmp_path, refresh=False)) == 2
+
+
+def test_a_run_that_grows_is_read_from_where_it_was(tmp_path):
+    folder, written = RunFolder(tmp_path / "run", {}), rows(30, loss=2.0)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    for number, row in enumerate(written, 1):
+        row |= {"valid_loss": abs(12 - number) + 0.5, "tokens_per_second": float(number)}
+        folder.append(row)
+        if number % 7 == 0:
+            with metrics.open("a") as file:  # half of the next one
+                file.write(json.dumps(row)[:40])
+            assert row_of(tmp_path).steps == number
+            os.truncate(metrics, metrics.stat().st_size - 40)
+    row = row_of(tmp_path)
+    assert (row.steps, row.best_valid_loss, row.best_step) == (30, 0.5, 12)
+    assert (row.seconds, row.tokens_per_second) == (15.0, 15.5)
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_is_read_anew(tmp_path):
+    folder = RunFolder(tmp_path / "run", {})
+    for row in rows(9, 20, step_seconds=1.0):
+        folder.append(row)
+    assert row_of(tmp_path).seconds == 9
+    folder.cut(4)
+    for row in rows(20, 20, step_seconds=2.0)[4:]:
+        folder.append(row)
+    assert (row_of(tmp_path).steps, row_of(tmp_path).seconds) == (20, 4 + 32)
+
+
+def test_deleted_and_new_runs_are_seen(tmp_path):
+    import shutil
+
+    toy_run(tmp_path / "a"), toy_run(tmp_path / "deep" / "er" / "b")
+    assert runs(tmp_path).name.tolist() == ["a", "deep/er/b"]
+    shutil.rmtree(tmp_path / "a")
+    toy_run(tmp_path / "c")
+    assert runs(tmp_path).name.tolist() == ["c", "deep/er/b"]
+
+
+def test_what_is_no_run_is_not_listed(tmp_path):
+    toy_run(tmp_path / "run")
+    toy_run(tmp_path / "run" / "inside")
+    toy_run(tmp_path / "1" / "2" / "3" / "4" / "too deep")
+    toy_run(tmp_path / ".trash-1"), toy_run(tmp_path / ".tmp-1")
+    (tmp_path / "link").symlink_to(tmp_path / "run", target_is_directory=True)
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "letter.txt").write_text("mine")
+    assert runs(tmp_path).name.tolist() == ["run"]
+
+
+def test_a_run_itself_is_one_row_and_gets_no_index(tmp_path):
+    folder = toy_run(tmp_path / "run")
+    before = sorted(os.listdir(folder))
+    table = runs(folder)
+    assert (table.name.tolist(), table.folder.tolist()) == (["."], [str(folder)])
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_no_folder_and_too_many_are_named(tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="nowhere: cannot be listed"):
+        runs(tmp_path / "nowhere")
+    assert runs(tmp_path).empty
+    assert compare_configs(tmp_path).empty
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("workbench.runs.records.MAX_FOLDERS", 2)
+    with pytest.raises(RunError, match="more than 2 folders"):
+        runs(tmp_path)
+
+
+@pytest.mark.fault("hostile runs")
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("config.json", "{", "config.json is damaged"),
+        ("config.json", "[1]", "config.json holds no JSON object"),
+        ("config.json", '{"a":' * 100_000, "nested deeper"),
+        ("config.json", '{"a": ' + "1" * 5000 + "}", "config.json is damaged"),
+        ("config.json", " " * 1_100_000, "config.json is larger"),
+        ("config.json", None, "config.json is no regular file"),
+        ("metrics.jsonl", None, "metrics.jsonl is no regular file"),
+        ("metrics.jsonl", "x\n", "metrics.jsonl: line 1 is no JSON"),
+        ("metrics.jsonl", '{"step": 1}\n\x00\x00\n', "line 2 is no JSON"),
+        ("metrics.jsonl", '{"step": 1}\n[2]\n', "line 2 is no JSON object"),
+        ("metrics.jsonl", '{"loss": "low"}\n', "the loss 'low', which is no number"),
+        ("metrics.jsonl", '{"loss": true}\n', "the loss 'True', which is no number"),
+        ("metrics.jsonl", '{"step": -1}\n', "no whole number"),
+        ("metrics.jsonl", '{"step": 1e30}\n', "no whole number"),
+        ("metrics.jsonl", '{"peak_bytes": ' + "9" * 400 + "}\n", "peak_bytes that is too large"),
+        ("metrics.jsonl", '{"a":' * 100_000 + "\n", "nested too deep"),
+        ("metrics.jsonl", "1" * 3_000_000, "longer than"),
+        ("results.json", "{}}", "results.json is damaged"),
+        ("job.json", "\udcff", "job.json is damaged"),
+    ],
+)
+def test_a_damaged_run_is_a_row_and_says_why(tmp_path, name, content, problem):
+    toy_run(tmp_path / "whole"), toy_run(tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.unlink(missing_ok=True)
+    if content is None:
+        os.mkfifo(path)  # which would wait for a writer
+    else:
+        path.write_text(content, errors="surrogateescape")
+    for _ in range(2):  # read, and known from the index
+        table = runs(tmp_path).set_index("name")
+        assert table.state.to_dict() == {"whole": "finished", "run": "damaged"}
+        assert problem in table.problem["run"]
+    path.unlink()
+    if name == "config.json":
+        path.write_text("{}")
+    assert row_of(tmp_path).problem == ""
+
+
+def test_a_damaged_last_line_leaves_the_numbers_before_it(tmp_path):
+    folder = toy_run(tmp_path / "run", 4)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("nonsense\n")
+    row = row_of(tmp_path)
+    assert (row.state, row.steps, row.problem[:22]) == ("damaged", 4, "metrics.jsonl: line 5 ")
+
+
+@pytest.mark.fault("hostile runs")
+def test_hostile_values_become_plain_ones(tmp_path):
+    folder = toy_run(tmp_path / "run", 2)
+    config = {
+        "steps": 7, "result.x": 1, "parameters.y": 2, "nan": math.nan, "huge": 10**400,
+        "big": 2**63,
+        "a\x1b[31m\nb": "\x1b]0;owned\x07\u202e", "long": "x" * 5000, "list": [[1], {"a": None}],
+        "none": None, "empty": {}, "surrogate": "\ud800", **{f"many {n}": n for n in range(500)},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    lost = dict.fromkeys(("loss", "valid_loss", "tokens_per_second", "step_seconds"), -math.inf)
+    write_jsonl(folder / "metrics.jsonl", rows(3, **lost))
+    for _ in range(2):
+        row = row_of(tmp_path)
+        assert (row.state, row.steps) == ("finished", 3)
+        assert np.isnan([row.loss, row.best_valid_loss]).all()
+        assert row["config.steps"] == 7
+        assert (row["config.result.x"], row["config.parameters.y"]) == (1, 2)
+        assert (row.huge, row.big, row.list) == (math.inf, 2.0**63, '[[1], {"a": null}]')
+        assert len(row.long) == 301
+        shown = "".join(map(str, [*row.index, *row]))
+        assert shown.isprintable()
+        assert len(row) < 250
+
+
+def test_a_name_that_cannot_be_shown_is_a_damaged_row(tmp_path):
+    toy_run(tmp_path / "a\x1b[31m\nb"), toy_run(tmp_path / "b")
+    table = runs(tmp_path)
+    assert table.name.tolist() == ["a\\x1b[31m\\nb", "b"]
+    assert table.state.tolist() == ["damaged", "finished"]
+    assert runs(tmp_path).equals(table)
+
+
+def test_many_names_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("workbench.runs.table.MAX_COLUMNS", 6)
+    for number in range(5):
+        folder = toy_run(tmp_path / f"run-{number}", 1)
+        config = {"shared": number, **{f"own {number} {n}": n for n in range(5)}}
+        (folder / "config.json").write_text(json.dumps(config))
+    table = runs(tmp_path)
+    assert table.shared.tolist() == [0, 1, 2, 3, 4]
+    assert sum(name.startswith("own") for name in table) == 5
+
+
+def test_only_what_differs_is_compared(tmp_path):
+    toy_run(tmp_path / "a", learning_rate=1e-3)
+    write_job(toy_run(tmp_path / "b", learning_rate=2e-3), parameters={"rank": 8})
+    compared = compare_configs(tmp_path)
+    assert compared.to_dict("list")["train.learning_rate"] == [1e-3, 2e-3]
+    assert set(compared) == {"train.learning_rate", "parameters.rank"}
+    assert compared.index.tolist() == ["a", "b"]
+    table = runs(tmp_path)
+    assert list(compare_configs(table[table.name == "a"])) == []
+
+
+def test_the_best_run(tmp_path):
+    for name, accuracy in (("a", 0.25), ("b", 0.75), ("c", math.nan)):
+        record_results(toy_run(tmp_path / name), accuracy=accuracy)
+    table = runs(tmp_path)
+    assert best_run(table, "accuracy").folder == str(tmp_path / "a")
+    assert best_run(tmp_path, "result.accuracy", largest=True)["name"] == "b"
+    with pytest.raises(ConfigError, match=r"no column 'acuracy'. Name one of accuracy"):
+        best_run(table, "acuracy")
+    with pytest.raises(ConfigError, match="model holds what is no number"):
+        best_run(table, "model")
+    with pytest.raises(RunError, match="no run has a best_valid_loss"):
+        best_run(table)
+    with pytest.raises(ConfigError, match="the table has no name"):
+        best_run(pd.DataFrame({"loss": [1]}), "loss")
+
+
+def test_results_are_merged(tmp_path):
+    path = record_results(tmp_path / "new", accuracy=0.5, note="a")
+    record_results(tmp_path / "new", accuracy=1, right=True)
+    assert json.loads(path.read_text()) == {"accuracy": 1, "note": "a", "right": True}
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+    assert row_of(tmp_path, "new").state == "finished"
+
+
+@pytest.mark.parametrize("value", [[1, 2], np.zeros(3), object(), b"x", "x" * 1001, 1j])
+def test_what_is_no_result_is_refused(tmp_path, value):
+    record_results(tmp_path, kept=1)
+    with pytest.raises(ConfigError, match="accuracy"):
+        record_results(tmp_path, accuracy=value)
+    assert json.loads((tmp_path / "results.json").read_text()) == {"kept": 1}
+
+
+def test_damaged_results_are_named_and_kept(tmp_path):
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(RunError, match=r"results\.json: is not valid JSON"):
+        record_results(tmp_path, accuracy=1)
+    assert (tmp_path / "results.json").read_text() == "{"
+    with pytest.raises(ConfigError, match="at most 200"):
+        record_results(tmp_path / "b", **{f"n{n}": n for n in range(300)})
