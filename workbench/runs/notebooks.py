@@ -11,7 +11,7 @@ import keyword
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import nbformat
@@ -43,7 +43,7 @@ def run_notebook(
         RunError: a cell failed; names the cell and the error.
     """
     source, target, parameters = Path(source), Path(target), dict(parameters or {})
-    _check_names(source, parameters)
+    check_names(source, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as folder:
         executed = Path(folder) / target.name
@@ -57,7 +57,7 @@ def run_notebook(
                 where=source,
                 cure=f"The run so far is in {failed}.",
             ) from None
-        _without_traces(executed)
+        without_traces(executed)
         os.replace(executed, target)
     return target
 
@@ -74,19 +74,36 @@ def _execute(source: Path, target: Path, parameters: Mapping[str, object], echo:
     )
 
 
-def _check_names(source: Path, parameters: Mapping[str, object]) -> None:
+def check_names(source: Path, names: Iterable[str]) -> set[str]:
+    """Check that a notebook has parameters of these names; returns the names of all it has.
+
+    Raises:
+        ConfigError: a name is not among those of its parameters cell, or it has no such cell.
+        RunError: there is no such notebook, or the file is none.
+    """
     if not source.is_file():
         raise RunError("no such notebook", where=source)
-    known = papermill.inspect_notebook(source)
-    for name in parameters:
+    try:
+        notebook = nbformat.read(source, as_version=4)
+        known = papermill.inspect_notebook(notebook)
+    except Exception as error:  # nbformat and papermill raise what they meet in a damaged file
+        raise RunError(f"is not a notebook ({str(error)[:200]})", where=source) from None
+    for name in names:
+        if not known:
+            raise ConfigError(
+                f"has no parameters, so that {name!r} cannot be set",
+                where=source,
+                cure="Tag the cell that sets them `parameters`.",
+            )
         # papermill writes the name into the notebook as code.
         if not name.isidentifier() or keyword.iskeyword(name) or name not in known:
             raise ConfigError(
                 f"{name!r} is not a parameter", where=source, cure=f"It has {', '.join(known)}."
             )
+    return set(known)
 
 
-def _without_traces(path: Path) -> None:
+def without_traces(path: Path) -> None:
     """Join pieces of printed text; take out papermill's notes on times, paths and states."""
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("papermill", None)
