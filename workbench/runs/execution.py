@@ -14,6 +14,10 @@ import threading
 import time
 from pathlib import Path
 
+# jsonschema can do without it, and it takes two seconds to compile its grammar
+sys.modules.setdefault("rfc3987_syntax", None)
+
+import nbformat
 import papermill
 import psutil
 from nbclient.exceptions import DeadKernelError
@@ -28,13 +32,14 @@ def main() -> None:
     """Execute the job of the current folder."""
     job = json.loads(Path("job.json").read_text(encoding="utf-8"))
     threading.Thread(target=_end_with, args=(job["watcher"],), daemon=True).start()
-    output = Path(OUTPUT).resolve()
-    outcome = _execute(job) | {"cells_seconds": _cells_seconds(output)}
+    outcome = _execute(job, Path(OUTPUT).resolve())
     with os.fdopen(int(sys.argv[1]), "wb") as pipe:
         pipe.write(json.dumps(outcome, ensure_ascii=False).encode("utf-8", "replace"))
 
 
-def _execute(job: dict[str, object]) -> dict[str, object]:
+def _execute(job: dict[str, object], output: Path) -> dict[str, object]:
+    """The outcome, as fields of JobResult; `disk` says that it is the disk's fault."""
+    outcome: dict[str, object] = {"state": "finished"}
     try:
         papermill.execute_notebook(
             "source.ipynb",
@@ -44,30 +49,40 @@ def _execute(job: dict[str, object]) -> dict[str, object]:
             progress_bar=False,
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
+            coalesce_streams=True,
         )
     except PapermillExecutionError as error:
-        return {
+        outcome = {
             "state": "failed",
             "error": f"{error.ename}: {error.evalue}"[:MAX_ERROR],
             "cell": error.exec_count,
             "traceback": strip_color("\n".join(error.traceback))[-MAX_TRACEBACK:],
         }
     except DeadKernelError:
-        return {"state": "killed", "error": "the kernel died; for want of memory?"}
+        outcome = {"state": "killed", "error": "the kernel died; for want of memory?"}
     except Exception as error:  # no such kernel, no notebook: whatever papermill meets
-        disk = isinstance(error, OSError) and error.errno in OUT_OF_DISK
-        reason = f"{type(error).__name__}: {error}"[:MAX_ERROR]
-        return {"state": "failed", "error": reason, "disk": disk}
-    return {"state": "finished"}
-
-
-def _cells_seconds(output: Path) -> float:
-    """Time in the cells, by papermill's notes; 0 where it made none."""
+        return _refusal(error)
     try:
-        cells = json.loads(output.read_text(encoding="utf-8"))["cells"]
-        return sum(cell["metadata"]["papermill"].get("duration") or 0.0 for cell in cells)
-    except (OSError, ValueError, KeyError):
-        return 0.0
+        return outcome | {"cells_seconds": _seal(output)}
+    except OSError as error:
+        return _refusal(error)
+
+
+def _refusal(error: Exception) -> dict[str, object]:
+    disk = isinstance(error, OSError) and error.errno in OUT_OF_DISK
+    reason = f"{type(error).__name__}: {error}"[:MAX_ERROR]
+    return {"state": "failed", "error": reason, "disk": disk}
+
+
+def _seal(output: Path) -> float:
+    """Take out papermill's notes on times, paths and states; returns the seconds in all cells."""
+    notebook, seconds = nbformat.read(output, as_version=4), 0.0
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        seconds += cell.metadata.pop("papermill", {}).get("duration") or 0.0
+        cell.metadata.pop("execution", None)
+    nbformat.write(notebook, output)
+    return seconds
 
 
 def _end_with(watcher: int) -> None:

@@ -25,7 +25,6 @@ import psutil
 from workbench.errors import RunError
 from workbench.machine import process_memory
 from workbench.runs import lock
-from workbench.runs.notebooks import without_traces
 
 WORK = ".job"  # an attempt's own files, in the run folder
 NOTEBOOK, FAILED, LOG = "notebook.ipynb", "failed.ipynb", "log.txt"
@@ -196,7 +195,6 @@ def _keep_notebook(folder: Path, work: Path, state: str) -> None:
     if not executed.is_file() or state == CANCELLED:
         return
     if state == FINISHED:
-        without_traces(executed)
         os.replace(executed, folder / NOTEBOOK)
         (folder / FAILED).unlink(missing_ok=True)
     else:

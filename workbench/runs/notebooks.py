@@ -57,7 +57,7 @@ def run_notebook(
                 where=source,
                 cure=f"The run so far is in {failed}.",
             ) from None
-        without_traces(executed)
+        _without_traces(executed)
         os.replace(executed, target)
     return target
 
@@ -103,7 +103,7 @@ def check_names(source: Path, names: Iterable[str]) -> set[str]:
     return set(known)
 
 
-def without_traces(path: Path) -> None:
+def _without_traces(path: Path) -> None:
     """Join pieces of printed text; take out papermill's notes on times, paths and states."""
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("papermill", None)
