@@ -46,7 +46,7 @@ def options_of(line: str) -> argparse.Namespace:
 def test_the_command_runs_all_and_the_summary_tells_what_failed(tmp_path, capsys):
     cells = ["import json, pathlib", "share = a / b"]
     keep = "pathlib.Path(run_dir, 'results.json').write_text(json.dumps({'share': share}))"
-    notebook = write_notebook(tmp_path / "x.ipynb", "a = b = 1\nrun_dir = ''", *cells, keep)
+    notebook = write_notebook(tmp_path / "x.ipynb", "a = 1\nb = 1\nrun_dir = ''", *cells, keep)
     root = tmp_path / "out"
     line = f"{notebook} -g a 3 -g b 0,2 --root {root} --at-once 2 --memory 0.1 --retries 0"
     assert command.run(options_of(line)) == 1
