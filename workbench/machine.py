@@ -43,16 +43,19 @@ def machine_memory() -> MachineMemory | None:
     return MachineMemory(container.total_bytes, available)
 
 
-def process_memory() -> int | None:
-    """Bytes that this process holds in memory; None where the system does not tell.
+def process_memory(pid: int | None = None) -> int | None:
+    """Bytes that a process holds in memory; None where the system does not tell.
+
+    Args:
+        pid: of the process; None: this one.
 
     The resident set; on macOS the physical footprint, which also counts what the GPU holds and
     what is compressed. A machine swaps by this figure.
     """
     try:
         if sys.platform == "darwin":
-            return _footprint()
-        return psutil.Process().memory_info().rss
+            return _footprint(psutil.Process(pid))
+        return psutil.Process(pid).memory_info().rss
     except (psutil.Error, OSError, AttributeError):
         return None
 
@@ -76,10 +79,9 @@ def map_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
-def _footprint() -> int:
+def _footprint(process: psutil.Process) -> int:
     """`ri_phys_footprint` of proc_pid_rusage (libproc.h), the figure of Activity Monitor."""
     buffer = ctypes.create_string_buffer(RUSAGE_V0_BYTES)
-    process = psutil.Process()
     if ctypes.CDLL(None).proc_pid_rusage(process.pid, 0, buffer):
         return process.memory_info().rss
     return ctypes.c_uint64.from_buffer(buffer, FOOTPRINT_AT).value

@@ -8,6 +8,7 @@ import fcntl
 import os
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 from workbench.errors import RunError
@@ -38,6 +39,31 @@ def owner_of(folder: Path) -> object | None:
     """Who may write a folder in this process; None if nobody here does."""
     held = _held.get(folder.resolve())
     return held[1]() if held else None
+
+
+@contextlib.contextmanager
+def held(folder: Path, seconds: float) -> Iterator[int]:
+    """Hold a folder's lock inside a `with` block; waits for another holder at most `seconds`.
+
+    Yields:
+        the open file that is locked; a child process that inherits it holds the lock as well.
+
+    Raises:
+        RunError: another still holds it, or it cannot be made.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            handle = _lock(folder)
+            break
+        except RunError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _lock(folder: Path) -> int:

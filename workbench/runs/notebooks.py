@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import keyword
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import nbformat
@@ -20,6 +19,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 
 from workbench.errors import ConfigError, RunError
+from workbench.runs.grids import value_of
 
 
 def run_notebook(
@@ -43,7 +43,7 @@ def run_notebook(
         RunError: a cell failed; names the cell and the error.
     """
     source, target, parameters = Path(source), Path(target), dict(parameters or {})
-    _check_names(source, parameters)
+    check_names(source, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as folder:
         executed = Path(folder) / target.name
@@ -74,16 +74,33 @@ def _execute(source: Path, target: Path, parameters: Mapping[str, object], echo:
     )
 
 
-def _check_names(source: Path, parameters: Mapping[str, object]) -> None:
+def check_names(source: Path, names: Iterable[str]) -> set[str]:
+    """Check that a notebook has parameters of these names; returns the names of all it has.
+
+    Raises:
+        ConfigError: a name is not among those of its parameters cell, or it has no such cell.
+        RunError: there is no such notebook, or the file is none.
+    """
     if not source.is_file():
         raise RunError("no such notebook", where=source)
-    known = papermill.inspect_notebook(source)
-    for name in parameters:
+    try:
+        notebook = nbformat.read(source, as_version=4)
+        known = papermill.inspect_notebook(notebook)
+    except Exception as error:  # nbformat and papermill raise what they meet in a damaged file
+        raise RunError(f"is not a notebook ({str(error)[:200]})", where=source) from None
+    for name in names:
+        if not known:
+            raise ConfigError(
+                f"has no parameters, so that {name!r} cannot be set",
+                where=source,
+                cure="Tag the cell that sets them `parameters`.",
+            )
         # papermill writes the name into the notebook as code.
         if not name.isidentifier() or keyword.iskeyword(name) or name not in known:
             raise ConfigError(
                 f"{name!r} is not a parameter", where=source, cure=f"It has {', '.join(known)}."
             )
+    return set(known)
 
 
 def _without_traces(path: Path) -> None:
@@ -107,15 +124,8 @@ def main() -> None:
     options = parser.parse_args()
     for notebook in options.notebooks:
         target = options.out / notebook.name if options.out else notebook
-        parameters = {name: _literal(value) for name, value in options.p}
+        parameters = {name: value_of(value) for name, value in options.p}
         run_notebook(notebook, target, parameters, echo=options.echo)
-
-
-def _literal(value: str) -> object:
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
 
 
 if __name__ == "__main__":

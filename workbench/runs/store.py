@@ -17,6 +17,7 @@ from workbench.runs import lock
 from workbench.runs.commits import STAGING
 
 CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
+OF_A_SWEEP = {".job", "job.json", "notebook.ipynb", "failed.ipynb", "log.txt", "results.json"}
 
 
 def new_run(root: str | os.PathLike, name: str) -> Path:
@@ -64,7 +65,7 @@ class RunFolder:
                 f"cannot be used as a run folder ({error.strerror})", where=folder
             ) from None
         self.goes_on = CONFIG_NAME in names  # whether it holds a run already
-        if names - unfinished and not self.goes_on:
+        if names - unfinished - OF_A_SWEEP and not self.goes_on:
             raise RunError(
                 "holds files, but no run",
                 where=folder,

@@ -1,0 +1,130 @@
+"""Execute the notebook of one job: a script that `jobs.py` starts by its path, in `.job`.
+
+It reads `job.json` and `source.ipynb` there, writes `notebook.ipynb`, and its outcome, JSON, into
+the pipe that it gets as its argument. It imports nothing of the workbench, which would load MLX.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+# jsonschema can do without it, and it takes two seconds to compile its grammar
+sys.modules.setdefault("rfc3987_syntax", None)
+
+import nbformat
+import papermill
+import psutil
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError, strip_color
+
+OUT_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+MAX_ERROR, MAX_TRACEBACK = 500, 8000  # characters; all must fit into a pipe that nobody reads yet
+OUTPUT = "notebook.ipynb"
+
+
+class Printed:
+    """What the cells print, on its way to the log, as far as the disk takes it.
+
+    An error here, or in an autosave, would end nbclient's reading of messages: it would then wait
+    for the cell for ever. The notebook is saved after each cell instead.
+    """
+
+    def write(self, text: str) -> None:
+        """Pass a text on."""
+        with contextlib.suppress(OSError):
+            os.write(sys.stdout.fileno(), text.encode("utf-8", "replace"))
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+
+def main() -> None:
+    """Execute the job of the current folder."""
+    job = json.loads(Path("job.json").read_text(encoding="utf-8"))
+    threading.Thread(target=_end_with, args=(job["watcher"],), daemon=True).start()
+    outcome = _execute(job, Path(OUTPUT).resolve())
+    with os.fdopen(int(sys.argv[1]), "wb") as pipe:
+        pipe.write(json.dumps(outcome, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _execute(job: dict[str, object], output: Path) -> dict[str, object]:
+    """The outcome, as fields of JobResult; `disk` says that it is the disk's fault."""
+    outcome: dict[str, object] = {"state": "finished"}
+    try:
+        papermill.execute_notebook(
+            "source.ipynb",
+            OUTPUT,
+            job["parameters"],
+            cwd=job["cwd"],
+            progress_bar=False,
+            autosave_cell_every=0,
+            stdout_file=Printed(),
+            stderr_file=Printed(),
+        )
+    except PapermillExecutionError as error:
+        outcome = {
+            "state": "failed",
+            "error": f"{error.ename}: {error.evalue}"[:MAX_ERROR],
+            "cell": error.exec_count,
+            "traceback": strip_color("\n".join(error.traceback))[-MAX_TRACEBACK:],
+        }
+    except DeadKernelError:
+        outcome = {"state": "killed", "error": "the kernel died; for want of memory?"}
+    except Exception as error:  # no such kernel, no notebook: whatever papermill meets
+        return _refusal(error)
+    try:
+        return outcome | {"cells_seconds": _seal(output)}
+    except OSError as error:
+        return _refusal(error)
+
+
+def _refusal(error: Exception) -> dict[str, object]:
+    disk = isinstance(error, OSError) and error.errno in OUT_OF_DISK
+    reason = f"{type(error).__name__}: {error}"[:MAX_ERROR]
+    return {"state": "failed", "error": reason, "disk": disk}
+
+
+def _seal(output: Path) -> float:
+    """Take out papermill's notes on times, paths and states; returns the seconds in all cells."""
+    notebook, seconds = nbformat.read(output, as_version=4), 0.0
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        seconds += cell.metadata.pop("papermill", {}).get("duration") or 0.0
+        cell.metadata.pop("execution", None)
+        if "outputs" in cell:
+            cell.outputs = _joined(cell.outputs)
+    nbformat.write(notebook, output)
+    return seconds
+
+
+def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Pieces of printed text as one; nbclient's own way takes hours for a line of a megabyte."""
+    joined: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        before = joined[-1] if joined else {}
+        if output.output_type == "stream" and before.get("name") == output.name:
+            before.text += output.text
+        else:
+            joined.append(output)
+    return joined
+
+
+def _end_with(watcher: int) -> None:
+    """End this process and its kernel when the one who watches it is gone."""
+    while os.getppid() == watcher:
+        time.sleep(0.5)
+    for process in psutil.Process().children(recursive=True):
+        process.kill()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
