@@ -112,14 +112,15 @@ def describe_backend() -> Backend:
         device=_device_name(),
         blas=load_blas(),
         float32_gflops=measure_matmul(),
-        cores=_usable_cores(),
+        cores=usable_cores(),
         total_bytes=memory.total_bytes if memory else None,
         available_bytes=memory.available_bytes if memory else None,
         versions={"python": platform.python_version(), **versions},
     )
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -4,6 +4,7 @@ It reads `job.json` and `source.ipynb` there, writes `notebook.ipynb`, and its o
 the pipe that it gets as its argument. It imports nothing of the workbench, which would load MLX.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import errno

@@ -97,15 +97,17 @@ def run_job(job: Job, cancelled: Callable[[], bool] = lambda: False) -> JobResul
             outcome, peak_bytes = _execute(job, work, held, cancelled)
             _keep_notebook(job.folder, work, str(outcome["state"]))
     except OSError as error:
-        raise _unwritable(job.folder, error.strerror or str(error)) from None
+        raise unwritable(job.folder, error) from None
     if outcome.pop("disk", False):
-        raise _unwritable(job.folder, str(outcome["error"]))
+        raise unwritable(job.folder, str(outcome["error"]))
     return JobResult(**outcome, seconds=time.monotonic() - began, peak_bytes=peak_bytes)
 
 
-def _unwritable(folder: Path, reason: str) -> RunError:
-    cure = "Free some space; what was there before is intact."
-    return RunError(f"the run cannot be written ({reason})", where=folder, cure=cure)
+def unwritable(folder: Path, reason: OSError | str) -> RunError:
+    """The error for a folder that the disk does not let us write."""
+    reason = reason if isinstance(reason, str) else reason.strerror or str(reason)
+    cure = "Free some space, and start again: what was there before is intact."
+    return RunError(f"cannot be written ({reason})", where=folder, cure=cure)
 
 
 @contextlib.contextmanager

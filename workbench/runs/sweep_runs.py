@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +46,17 @@ class SweepRun:
     parameters: dict[str, object]
     attempts: int = 0  # of the sweep that ran last
     result: JobResult = dataclasses.field(default_factory=lambda: JobResult(WAITING))
+    _started: float = 0.0  # of the attempt, while this process waits for it
 
     @property
     def state(self) -> str:
         """waiting, running, finished, failed, killed or cancelled."""
         return self.result.state
+
+    @property
+    def seconds(self) -> float:
+        """Time that the attempt takes so far, or took."""
+        return time.monotonic() - self._started if self.state == RUNNING else self.result.seconds
 
     @property
     def overhead_seconds(self) -> float:
@@ -70,6 +77,16 @@ class SweepRun:
             content = read_json(self.folder / RESULTS_NAME)
             return {k: v for k, v in content.items() if isinstance(v, bool | int | float | str)}
         return {}
+
+    def begin(self) -> None:
+        """Another attempt starts now; what earlier ones took of the memory stays known.
+
+        Raises:
+            RunError: job.json cannot be written.
+        """
+        self.attempts, self._started = self.attempts + 1, time.monotonic()
+        self.result = JobResult(RUNNING, peak_bytes=self.result.peak_bytes)
+        self.save()
 
     def save(self) -> None:
         """Write job.json.
