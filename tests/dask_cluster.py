@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,21 +40,28 @@ class DaskCluster:
         )
         self.address = wait_for(self._address)
 
-    def workers(self, number: int, *options: str, **env: str) -> list[subprocess.Popen]:
+    def workers(
+        self, number: int, *options: str, before: Sequence[str] = (), **env: str
+    ) -> list[subprocess.Popen]:
         """Start workers, and wait until the scheduler knows them."""
-        started = [self._start(*WORKER, *options, self.address, **env) for _ in range(number)]
+        started = [
+            self._start(*WORKER, *options, self.address, before=before, **env)
+            for _ in range(number)
+        ]
         for process in started:
-            wait_for(lambda log=self.log(process): b"Registered to" in log.read_bytes())
+            wait_for(partial(self.has_joined, process))
         return started
 
-    def log(self, process: subprocess.Popen) -> Path:
-        """What a process says."""
-        return self.folder / f"{self.processes.index(process)}.log"
+    def has_joined(self, worker: subprocess.Popen) -> bool:
+        """Whether the scheduler knows a worker."""
+        log = (self.folder / f"{self.processes.index(worker)}.log").read_text()
+        assert worker.poll() is None, log
+        return "Registered to" in log
 
-    def _start(self, *options: str, **env: str) -> subprocess.Popen:
+    def _start(self, *options: str, before: Sequence[str] = (), **env: str) -> subprocess.Popen:
         with (self.folder / f"{len(self.processes)}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "dask", *options, *self.security],
+                [*before, sys.executable, "-m", "dask", *options, *self.security],
                 cwd=self.folder,
                 env={**os.environ, "PYTHONPATH": paths(), **env},
                 stdout=log,

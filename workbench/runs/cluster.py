@@ -30,13 +30,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import pickle
 import platform
 import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
 from concurrent.futures import Future, wait
 from pathlib import Path
 
@@ -50,7 +49,7 @@ from workbench.runs.cluster_connection import (
     load_distributed,
     scheduler_address,
 )
-from workbench.runs.cluster_workers import run_there
+from workbench.runs.cluster_workers import seal
 from workbench.runs.jobs import CANCELLED, FAILS, KILLED, Job, JobResult
 
 WATCH_SECONDS = 2.0  # between two looks at the workers
@@ -76,18 +75,18 @@ def on_cluster(executor: object, folder: str | os.PathLike, at_once: int = 1) ->
         client = connect(executor, at_once, made)
         slots = find_slots(client)
         seen = check_workers(client, list(slots), Path(folder).resolve())
-        here = platform.node()
-        shares_memory = all(worker.machine == here for worker in seen.values())
-        return ClusterExecutor(client, sum(slots.values()), shares_memory, made.pop_all())
+        machines = Counter(worker.machine for worker in seen.values())
+        return ClusterExecutor(client, sum(slots.values()), machines, made.pop_all())
 
 
 class ClusterExecutor:
     """Runs jobs on the workers of a cluster that declare the resource `mlx`; see `on_cluster`."""
 
     def __init__(
-        self, client: object, at_once: int, shares_memory: bool, made: contextlib.ExitStack
+        self, client: object, at_once: int, machines: Counter[str], made: contextlib.ExitStack
     ):
-        self.at_once, self.shares_memory = at_once, shares_memory
+        self.at_once, self.shares_memory = at_once, set(machines) == {platform.node()}
+        self._machines = None if self.shares_memory else machines  # else the sweep shares cores
         self._client, self._made = client, made
         self._address = scheduler_address(client)
         self._event = load_distributed().Event(f"sweep-{secrets.token_hex(8)}", client=client)
@@ -111,8 +110,8 @@ class ClusterExecutor:
         if self._client.status != "running":
             outcome.set_exception(self._lost())
             return outcome
-        work = pickle.dumps((run_there, job, self._event.name))
-        self._pending[outcome] = remote = self._pool.submit(_sealed(), work)
+        function, work = seal(job, self._event.name, self._machines)
+        self._pending[outcome] = remote = self._pool.submit(function, work)
         remote.add_done_callback(lambda remote: self._pass_on(remote, outcome))
         return outcome
 
@@ -175,19 +174,6 @@ class ClusterExecutor:
     def _drop(self) -> None:
         for remote in list(self._pending.values()):
             remote.cancel()
-
-
-def _sealed() -> Callable[[bytes], object]:
-    """A function that travels by value: the scheduler, which opens what it passes on, needs no
-    workbench then, nor the time to load it."""
-
-    def call(work: bytes):
-        import pickle
-
-        function, *arguments = pickle.loads(work)
-        return function(*arguments)
-
-    return call
 
 
 def _as_result(error: BaseException) -> JobResult:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from workbench.errors import ConfigError, RunError, check_whole
-from workbench.runs.cluster_workers import Surroundings, code_version, look_around
+from workbench.runs.cluster_workers import Surroundings, make_look
 from workbench.runs.commits import STAGING
 
 RESOURCE = "mlx"
@@ -121,19 +121,15 @@ def check_workers(client: object, workers: list[str], folder: Path) -> dict[str,
         ConfigError: one has no workbench, or another.
         RunError: one does not see the folder, or cannot write there.
     """
-    token = secrets.token_hex(16)
+    token, look, seen = secrets.token_hex(16), make_look(), {}
     with _marker(folder, token) as marker:
-        seen = client.run(look_around, str(marker), workers=workers, on_error="return")
-    for address, worker in seen.items():
-        if not isinstance(worker, Surroundings):
+        here = Surroundings(**look(str(marker)))
+        found = client.run(look, str(marker), workers=workers)
+    for address, fields in found.items():
+        seen[address] = worker = Surroundings(**fields)
+        if worker.version != here.version:
             raise ConfigError(
-                f"the worker cannot use the workbench ({type(worker).__name__}: {worker})",
-                where=address,
-                cure="Install it there, as here, and start the worker again.",
-            )
-        if worker.version != code_version():
-            raise ConfigError(
-                f"the worker has workbench {worker.version}; here it is {code_version()}",
+                f"the worker has workbench {worker.version or '(none)'}; here it is {here.version}",
                 where=address,
                 cure="Install the same on all machines, and start the workers again.",
             )
