@@ -73,6 +73,12 @@ class RunError(WorkbenchError):
     """A run folder cannot be used."""
 
 
+class RankError(WorkbenchError):
+    """Ranks of one training do not fit together, or one of them has failed."""
+
+    status = 1  # of the process that failed, as a shell counts it
+
+
 class BackendWarning(UserWarning):
     """MLX will work on this machine, but far below its speed."""
 

@@ -36,7 +36,11 @@ FREE_TO_CHANGE = (  # settings that leave every number as it is
 
 
 def identity(
-    model: nn.Module, data: Dataset, config: TrainConfig, objective: ObjectiveConfig | None = None
+    model: nn.Module,
+    data: Dataset,
+    config: TrainConfig,
+    objective: ObjectiveConfig | None = None,
+    num_ranks: int = 1,
 ) -> dict[str, object]:
     """What must be the same for a run to go on: settings, hashes of data and frozen weights.
 
@@ -47,7 +51,7 @@ def identity(
     frozen = {name: digest for name, digest in fingerprint(model).items() if name not in shapes}
     streamed = isinstance(data, StreamDataset)  # whose files are compared by its position
     return {
-        "settings": _settings(config, objective) | (data.settings if streamed else {}),
+        "settings": _settings(config, objective, num_ranks) | (data.settings if streamed else {}),
         "training data": "a stream" if streamed else _hash_examples(data.train),
         "validation data": _hash_examples(data.valid),
         "base model": hashlib.sha256(repr(sorted(frozen.items())).encode()).hexdigest(),
@@ -63,14 +67,18 @@ def run_config(trainer: Trainer) -> dict[str, object]:
         "data": trainer.data.name,
         "prefix": str(trainer.prefix),
     }
+    if not trainer.ranks.alone:
+        parts["ranks"] = trainer.ranks.size
     if trainer.objective is not None:
         parts["objective"] = trainer.objective.config
     versions = {"python": platform.python_version(), "workbench": _workbench_version()}
     return as_config(**parts, environment=environment() | versions)
 
 
-def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """What is not the same, in words; settings one by one.
+def differences(
+    before: Mapping[str, object], now: Mapping[str, object], than: str = "was"
+) -> list[str]:
+    """What is not the same, in words; settings one by one, "rank is 8, was 4".
 
     A setting that the older run does not know had its default.
     """
@@ -85,7 +93,7 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list
     for name, value in now["settings"].items():
         was = old.get(name, defaults.get(name))
         if was != value:
-            found.append(f"{name} is {value!r}, was {was!r}")
+            found.append(f"{name} is {value!r}, {than} {was!r}")
     return found
 
 
@@ -106,9 +114,12 @@ def _workbench_version() -> str:
         return "not installed"
 
 
-def _settings(config: TrainConfig, objective: ObjectiveConfig | None = None) -> dict[str, object]:
+def _settings(
+    config: TrainConfig, objective: ObjectiveConfig | None = None, num_ranks: int = 1
+) -> dict[str, object]:
     """Settings that numbers depend on, as JSON gives them back."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
+    settings["number of ranks"] = num_ranks
     settings["objective"] = type(objective).__name__ if objective else None
     if objective:
         own = dataclasses.asdict(objective)

@@ -16,6 +16,7 @@ from workbench.errors import ConfigError, FallbackWarning
 from workbench.models.heads import Head, find_head, logits_at
 from workbench.models.trying import first_array
 from workbench.tuning.fused_loss import fused_cross_entropy
+from workbench.tuning.ranks import ALONE, Ranks
 
 Array = mx.array | np.ndarray
 Measures = dict[str, mx.array]  # sums over a batch, by name
@@ -167,20 +168,26 @@ def mean_measures(
     batch_size: int,
     loss_fn: LossFunction | None = None,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> tuple[float | None, dict[str, float]]:
     """The mean of a loss function over rows, dropout off, and of what else it measures.
 
-    The loss is None, and nothing else is measured, if it was stopped or there are no rows.
+    Each rank computes its share of the rows; what is returned is that of all. The loss is None,
+    and nothing else is measured, if it was stopped on any rank, or there are no rows.
     """
     loss_fn, total, weight = loss_fn or default_loss(model), 0.0, 0
     sums: dict[str, float] = {}
     was_training = model.training
     model.eval()
-    order = sorted(range(len(examples)), key=lambda row: len(examples[row]))
+    order = sorted(range(len(examples)), key=lambda row: len(examples[row]))[
+        ranks.rank :: ranks.size
+    ]
+    stopped = False
     try:
         for start in range(0, len(order), batch_size):
-            if stop():
-                return None, {}
+            stopped = stop()
+            if stopped:
+                break
             batch = collate(examples, order[start : start + batch_size])
             loss, measures = with_measures(loss_fn(model, batch))
             total += loss.item()
@@ -188,7 +195,13 @@ def mean_measures(
             weight += batch.weight
     finally:
         model.train(was_training)
-    return (total / weight, {k: v / weight for k, v in sums.items()}) if weight else (None, {})
+    parts = ranks.gather("validation", [stopped, total, weight, sums])
+    weight = sum(part[2] for part in parts)
+    if any(part[0] for part in parts) or not weight:
+        return None, {}
+    names = dict.fromkeys(name for part in parts for name in part[3])
+    measured = {k: sum(part[3].get(k, 0.0) for part in parts) / weight for k in names}
+    return sum(part[1] for part in parts) / weight, measured
 
 
 def with_measures(output: mx.array | tuple[mx.array, Measures]) -> tuple[mx.array, Measures]:

@@ -77,6 +77,7 @@ def with_validation(
         trainer.config.micro_batch_size,
         trainer.loss_fn,
         stop=lambda: interrupt.requested,
+        ranks=trainer.ranks,
     )
     named = {f"valid_{name}": value for name, value in measures.items()}
     extras = {**(report.extras or {}), **named} or None

@@ -132,7 +132,9 @@ class RunKeeper:
     def _identity_of(self, trainer: Trainer) -> dict[str, object]:
         if self._identity is None:  # hashed once
             objective = trainer.objective and trainer.objective.config
-            self._identity = identity(trainer.model, trainer.data, trainer.config, objective)
+            self._identity = identity(
+                trainer.model, trainer.data, trainer.config, objective, trainer.ranks.size
+            )
         return self._identity
 
     def _require_no_steps(self, problems: list[str]) -> None:

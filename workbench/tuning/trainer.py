@@ -30,9 +30,17 @@ from workbench.tuning.optimizers import make_optimizer
 from workbench.tuning.prefix import use_prefix
 from workbench.tuning.progress import Progress
 from workbench.tuning.prompt_sharing import share_prompts
+from workbench.tuning.ranks import ALONE, Ranks
 from workbench.tuning.reporting import with_validation
 from workbench.tuning.resuming import RunKeeper
 from workbench.tuning.schedules import learning_rate_at
+from workbench.tuning.together import (
+    begin_step,
+    ends_together,
+    require_equal_weights,
+    share_weights,
+    starts_together,
+)
 from workbench.tuning.update import make_update
 
 
@@ -56,8 +64,13 @@ class Trainer:
         allow_changes: go on with other settings, data or base model; the run's records say so.
         objective: what is trained instead, on data made for it: `DPOConfig`, `ProvenanceConfig`.
         observers: functions of a StepReport, or callbacks of mlx-lm, told of every step.
+        ranks: `wb.join_ranks()`, to share each step's rows with other processes. The steps are
+            those of one process. Every rank makes the same trainer and the same steps; rank 0
+            alone has the run folder and tells the observers, and its weights are the start.
 
     Raises:
+        ConfigError: the ranks cannot share a step's rows alike.
+        RankError: the ranks' models, data, settings or versions differ.
         TrainingError: nothing is trainable.
         DataError: no rows, or token ids that the embedding does not have.
         RunError: the folder's run is another, or its files cannot be used.
@@ -73,9 +86,11 @@ class Trainer:
         allow_changes: bool = False,
         objective: ObjectiveConfig | None = None,
         observers: Iterable[Observer] | Observer = (),
+        ranks: Ranks = ALONE,
     ):
         self.base, self.data, self.config = base, data, config or TrainConfig()
-        self.model, self.stop_reason = base.model, ""  # why the loop ended early
+        self.model, self.ranks = base.model, ranks
+        self.stop_reason = self.stop_wish = ""  # why the loop ended early; why this rank wants it
         if not tree_flatten(self.model.trainable_parameters()):
             raise TrainingError("nothing is trainable", cure="Attach an adapter: wb.add_lora(…).")
         if run_dir is None and (self.config.reload_every or self.config.reload_above_bytes):
@@ -95,10 +110,12 @@ class Trainer:
         self.prefix = use_prefix(self, loss_fn is not None)  # whether it is kept, and why
         self._peak_rate, self._peak_started = self.config.learning_rate, False
         self.run: RunFolder | None = None
-        if run_dir is not None:
-            self.run = RunFolder(run_dir, run_config(self))
-            self._keeper = RunKeeper(self.run, allow_changes)
-            self._keeper.resume(self)
+        self.has_run, self.drifted = run_dir is not None, False  # on rank 0; apart from the others
+        with starts_together(self):
+            if run_dir is not None and ranks.is_first:
+                self.run = RunFolder(run_dir, run_config(self))
+                self._keeper = RunKeeper(self.run, allow_changes)
+                self._keeper.resume(self)
 
     @property
     def steps_done(self) -> int:
@@ -143,8 +160,14 @@ class Trainer:
         )
 
     def stop(self, reason: str = "stopped by request") -> None:
-        """End the loop after the step that is being made. Sets a flag only: any thread may call."""
-        self.stop_reason = reason
+        """End the loop after the step that is being made. Sets a flag only: any thread may call.
+
+        With other ranks, all end after the same step: that, or the next one.
+        """
+        if self.ranks.alone:
+            self.stop_reason = reason
+        else:
+            self.stop_wish = reason
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -153,12 +176,13 @@ class Trainer:
         Such a loop goes on while not `finished` and not `stop_reason`. When it ends early, for
         whatever reason, the run folder gets a checkpoint.
         """
-        self.stop_reason = ""
+        self.stop_reason = self.stop_wish = ""
         try:
             with orderly_exit(), cache_limit(self.cache_limit_bytes):
                 yield
         finally:
-            if self.run is not None and self.run.is_mine and self.reports:
+            mine = self.run is not None and self.run.is_mine
+            if mine and self.reports and not self.drifted:
                 self._keeper.save_if_new(self)
 
     def __iter__(self) -> Iterator[StepReport]:
@@ -181,30 +205,37 @@ class Trainer:
         if self.run is not None and not self.reports:
             self._keeper.save_if_new(self)
         with DeferredInterrupt() as interrupt:
+            begin_step(self)
             released = self._memory.reload_if_due(self)
             report = dataclasses.replace(make_update(self), released_bytes=released)
-            try:
-                if self._validates_after(report.step):
-                    report = with_validation(self, report, interrupt)
-            finally:  # the update has been made, whatever became of the validation
-                self._record(report)
-            if self.run is not None and interrupt.requested:
-                self._keeper.save_if_new(self)
+            with ends_together(self, interrupt):
+                try:
+                    if self._validates_after(report.step):
+                        report = with_validation(self, report, interrupt)
+                finally:  # the update has been made, whatever became of the validation
+                    self._record(report)
+                if self.run is not None and interrupt.requested:
+                    self._keeper.save_if_new(self)
         return report
 
     def validate(self) -> float | None:
-        """Mean loss over the validation targets, or pairs; None if there are none."""
+        """Mean loss over the validation targets, or pairs; None if there are none.
+
+        Each rank that asks computes all of it.
+        """
         return mean_loss(self.model, self.data.valid, self.config.micro_batch_size, self.loss_fn)
 
-    def save_checkpoint(self) -> Path:
+    def save_checkpoint(self) -> Path | None:
         """Write weights, optimizer state and all else to `checkpoints/` of the run folder.
+
+        Returns its place; None on ranks other than 0, which write nothing.
 
         Raises:
             RunError: the trainer has no run folder, or it cannot be written.
         """
-        if self.run is None:
+        if not self.has_run:
             raise RunError("a checkpoint needs a run folder", cure="Give Trainer a run_dir.")
-        return self._keeper.save(self)
+        return self._keeper.save(self) if self.run is not None else None
 
     def load_best(self) -> int:
         """Put back the weights of the best validation; returns its step. Training can go on.
@@ -213,12 +244,15 @@ class Trainer:
             RunError: there was no validation, or no run folder that kept the weights.
         """
         best = self.progress.best_step
-        if self.run is None or best is None:
+        if not self.has_run or best is None:
             raise RunError(
                 "no validation has kept its weights",
                 cure="Train with a run_dir, validation rows and valid_every.",
             )
-        self._keeper.load_weights(self, best)
+        with self.ranks.together("loading the best weights"):
+            if self.run is not None:
+                self._keeper.load_weights(self, best)
+        share_weights(self)
         return best
 
     def reload(self) -> None:
@@ -242,14 +276,16 @@ class Trainer:
         is_best = report.valid_loss is not None and self.progress.note_validation(
             report.step, report.valid_loss
         )
-        if self.run is not None:
-            every = self.config.checkpoint_every
-            if is_best or self.finished or (every and report.step % every == 0):
+        every = self.config.checkpoint_every
+        if is_best or self.finished or (every and report.step % every == 0):
+            require_equal_weights(self)
+            if self.run is not None:
                 self._keeper.save(self)
         if self.config.patience and self.progress.without_improvement >= self.config.patience:
             self.stop(f"no better validation in {self.config.patience}")
         self._memory.judge(self, report)
-        self.observers.tell(self.reports)
+        if self.ranks.is_first:
+            self.observers.tell(self.reports)
 
     def _validates_after(self, step: int) -> bool:
         every = self.config.valid_every

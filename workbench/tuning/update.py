@@ -21,12 +21,15 @@ from workbench.tuning.config import StepReport
 from workbench.tuning.gradients import clip_by_global_norm
 from workbench.tuning.losses import LossFunction, with_measures
 from workbench.tuning.objectives import terms_of
+from workbench.tuning.ranks import ALONE, Ranks
 from workbench.tuning.refusals import require_finite
 from workbench.tuning.reporting import make_report
 from workbench.tuning.terms import CROSS_ENTROPY, Term
 
 if TYPE_CHECKING:
     from workbench.tuning.trainer import Trainer
+
+GOLDEN_RATIO = 0x9E3779B97F4A7C15  # of 2 ** 64, odd: seeds of ranks lie far apart (Weyl sequence)
 
 
 def make_update(trainer: Trainer) -> StepReport:
@@ -39,8 +42,10 @@ def make_update(trainer: Trainer) -> StepReport:
     started, step, config = time.perf_counter(), trainer.steps_done, trainer.config
     batches = trainer.feed.batches(step)
     weight, terms = sum(batch.weight for batch in batches), terms_of(trainer)
-    seed, again = step_seed(config.seed, step), config.grad_checkpoint
-    total, gradients, extras = differentiate(trainer.model, terms, batches, seed, again)
+    seed, again = step_seed(config.seed, step, trainer.ranks.rank), config.grad_checkpoint
+    total, gradients, extras = differentiate(
+        trainer.model, terms, batches, seed, again, trainer.ranks
+    )
     # A caller's own loss has no name, and may measure the cross-entropy beside it.
     loss = extras.get(CROSS_ENTROPY, total) if any(term.name for term in terms) else total
     clipped, norm = clip_by_global_norm(gradients, config.max_grad_norm, weight)
@@ -67,8 +72,11 @@ def differentiate(
     batches: Sequence[Batch],
     seed: int,
     grad_checkpoint: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[mx.array, dict, dict[str, mx.array]]:
     """The sum of a step's terms, each differentiated by itself and with the same dropout.
+
+    Each rank computes its share of the batches; what is returned is that of all.
 
     Returns:
         The total; the batches' weight times its gradients, which clipping divides by it; and by
@@ -76,9 +84,11 @@ def differentiate(
     """
     weight = sum(batch.weight for batch in batches)
     total, gradients, reported = mx.array(0.0), None, {}
+    mine, counts = ranks.share(batches)
     for term in terms:
         count, sums = sum(map(term.count, batches)), {}
-        value, new = accumulate(model, term.loss_fn, batches, seed, grad_checkpoint, sums)
+        value, new = accumulate(model, term.loss_fn, mine, seed, grad_checkpoint, sums)
+        value, new, sums = ranks.add_up((value, new, sums), counts)
         value = term.factor * (value / count)
         total = total + value
         reported |= {name: measure / count for name, measure in sums.items()}
@@ -162,6 +172,7 @@ def apply_update(
         ) from error
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Seed of a step's dropout: a pure function of the run's seed and the step."""
-    return ((seed & 0xFFFFFFFF) << 32) | (step & 0xFFFFFFFF)
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Seed of a step's dropout: a pure function of the run's seed, the step and the rank."""
+    of_step = ((seed & 0xFFFFFFFF) << 32) | (step & 0xFFFFFFFF)
+    return (of_step + rank * GOLDEN_RATIO) & 0xFFFFFFFFFFFFFFFF
