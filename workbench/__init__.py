@@ -34,9 +34,11 @@ from workbench.live.behaviour import draw_suites
 from workbench.live.bits import draw_bits_per_byte
 from workbench.live.chart import TrainingChart
 from workbench.live.chat import chat
+from workbench.live.comparison import draw_heat_map, draw_runs
 from workbench.live.panel import LivePanel
 from workbench.live.profile import draw_profile
 from workbench.live.runs import show_run
+from workbench.live.sweep import sweep
 from workbench.models.forms import plain_forms
 from workbench.models.loading import load_model, load_weights, save_weights
 from workbench.models.nanochat import NanoChat
@@ -51,7 +53,12 @@ from workbench.probes.planner import plan_memory, suggest_settings
 from workbench.probes.planning.machine import Machine
 from workbench.probes.resuming import check_resume
 from workbench.probes.training import check_training
+from workbench.runs.deleting import delete_run
+from workbench.runs.grids import Between
+from workbench.runs.results import record_results
 from workbench.runs.store import new_run, read_metrics
+from workbench.runs.sweep_result import read_sweep
+from workbench.runs.table import best_run, compare_configs, runs
 from workbench.tuning.comparison import run_suites
 from workbench.tuning.config import StepReport, TrainConfig
 from workbench.tuning.dpo import DPOConfig
@@ -64,9 +71,12 @@ from workbench.tuning.presets import preset
 from workbench.tuning.pretraining import pretrain
 from workbench.tuning.profiling import profile_step
 from workbench.tuning.provenance import ProvenanceConfig
+from workbench.tuning.ranks import join_ranks
+from workbench.tuning.scaling import measure_all_reduce, predict_scaling
 from workbench.tuning.trainer import Trainer
 
 __all__ = [
+    "Between",
     "ChoiceQuestion",
     "Corpus",
     "DPOConfig",
@@ -89,16 +99,21 @@ __all__ = [
     "all_capitals",
     "ask_capitals",
     "ask_questions",
+    "best_run",
     "bits_per_byte",
     "changed",
     "chat",
     "check_model",
     "check_resume",
     "check_training",
+    "compare_configs",
+    "delete_run",
     "describe_backend",
     "draw_accuracy",
     "draw_bits_per_byte",
+    "draw_heat_map",
     "draw_profile",
+    "draw_runs",
     "draw_suites",
     "export_gguf",
     "find_leak",
@@ -107,18 +122,21 @@ __all__ = [
     "fuse",
     "generate",
     "harness_model",
+    "join_ranks",
     "load_adapter",
     "load_dataset",
     "load_model",
     "load_preferences",
     "load_weights",
     "log_likelihood",
+    "measure_all_reduce",
     "memory_phase",
     "multiple_choice",
     "new_run",
     "perplexity",
     "plain_forms",
     "plan_memory",
+    "predict_scaling",
     "preset",
     "pretrain",
     "profile_step",
@@ -127,9 +145,12 @@ __all__ = [
     "read_metrics",
     "read_mlx_lm_yaml",
     "read_suites",
+    "read_sweep",
+    "record_results",
     "release_memory",
     "remove_lora",
     "run_suites",
+    "runs",
     "save_adapter",
     "save_weights",
     "score_documents",
@@ -139,6 +160,7 @@ __all__ = [
     "stream",
     "stream_dataset",
     "suggest_settings",
+    "sweep",
     "to_tensorboard",
     "to_trackio",
     "untie_head",
