@@ -38,6 +38,7 @@ from workbench.live.comparison import draw_heat_map, draw_runs
 from workbench.live.panel import LivePanel
 from workbench.live.profile import draw_profile
 from workbench.live.runs import show_run
+from workbench.live.scaling import draw_scaling
 from workbench.live.sweep import sweep
 from workbench.models.forms import plain_forms
 from workbench.models.loading import load_model, load_weights, save_weights
@@ -114,6 +115,7 @@ __all__ = [
     "draw_heat_map",
     "draw_profile",
     "draw_runs",
+    "draw_scaling",
     "draw_suites",
     "export_gguf",
     "find_leak",
