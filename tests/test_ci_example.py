@@ -22,7 +22,7 @@ CONTENT = yaml.load(WORKFLOW.read_text(encoding="utf-8"), yaml.BaseLoader)  # `o
 JOB = CONTENT["jobs"]["notebooks"]
 COMPARE = "Compare with what is committed"
 THERE = "Outputs that are to be checked are there"
-RUN = "Run every notebook"
+RUN, SWEEP = "Run every notebook", "Sweep"
 
 
 def code(source, *tags, shown=None):
@@ -102,7 +102,7 @@ def test_it_runs_on_a_mac_and_on_linux_and_keeps_what_was_executed():
 
 def test_every_step_that_installs_nothing_is_run_here():
     named = [step["name"] for step in JOB["steps"] if "run" in step]
-    assert named == ["Install", "Doctor", THERE, RUN, COMPARE]
+    assert named == ["Install", "Doctor", THERE, RUN, SWEEP, COMPARE]
 
 
 def test_the_package_is_asked_for_by_its_name():
@@ -122,6 +122,9 @@ def test_the_steps_pass_on_a_notebook_that_is_right(run_step, smollm2):
     assert run_step(RUN, PARAMETERS="-p steps 5").returncode == 0
     executed = nbformat.read(run_step.checkout / "executed" / "train.ipynb", as_version=4)
     assert executed.cells[-2].outputs[0].data["text/plain"] == "10"
+    done = run_step(SWEEP, SWEEP="notebooks/train.ipynb -g steps 2,4")
+    assert done.returncode == 0, done.stderr
+    assert len(list(run_step.checkout.glob("executed/sweep/*/notebook.ipynb"))) == 2
 
 
 @pytest.mark.long
