@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import shutil
+import threading
 
 import numpy as np
 import pandas as pd
@@ -61,6 +64,9 @@ def test_states(tmp_path):
     write_job(tmp_path / "sweep" / "failed", "failed", error=error, parameters={"rank": 2})
     write_job(toy_run(tmp_path / "sweep" / "killed", 2, total=5), "killed")
     write_job(toy_run(tmp_path / "sweep" / "left", 5), "running")  # and nobody is at it
+    write_job(tmp_path / "sweep" / "begun", "running")
+    write_job(tmp_path / "sweep" / "waits", "waiting")
+    write_job(tmp_path / "sweep" / "given up", "cancelled")
     write_job(tmp_path / "sweep" / "done", "finished")
     toy_run(tmp_path / "damaged")
     (tmp_path / "damaged" / "config.json").write_text("{")
@@ -73,6 +79,9 @@ def test_states(tmp_path):
         "sweep/failed": "failed",
         "sweep/killed": "failed",
         "sweep/left": "stopped",
+        "sweep/begun": "stopped",
+        "sweep/waits": "empty",
+        "sweep/given up": "stopped",
         "sweep/done": "finished",
         "damaged": "damaged",
     }
@@ -91,6 +100,16 @@ def test_asking_does_not_disturb_who_writes(tmp_path):
     del before
     assert row_of(tmp_path).state == "stopped"
     assert RunFolder(tmp_path / "run", {}).is_mine
+
+
+def test_a_writer_waits_for_a_reader_that_asks(tmp_path):
+    toy_run(tmp_path / "run")
+    handle = os.open(tmp_path / "run" / ".lock", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)  # as `is_held` has it for a moment
+    timer = threading.Timer(0.05, os.close, [handle])
+    timer.start()
+    assert RunFolder(tmp_path / "run", {}).is_mine
+    timer.join()
 
 
 def test_only_what_changed_is_read(tmp_path, monkeypatch):
@@ -145,8 +164,6 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_read_anew(tmp_path):
 
 
 def test_deleted_and_new_runs_are_seen(tmp_path):
-    import shutil
-
     toy_run(tmp_path / "a"), toy_run(tmp_path / "deep" / "er" / "b")
     assert runs(tmp_path).name.tolist() == ["a", "deep/er/b"]
     shutil.rmtree(tmp_path / "a")
