@@ -99,13 +99,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def _workbench_version() -> str:
-    try:
-        return importlib.metadata.version("mlx-lora-workbench")
-    except importlib.metadata.PackageNotFoundError:  # used from its source
-        return "not installed"
-
-
 def _settings(config: TrainConfig, objective: ObjectiveConfig | None = None) -> dict[str, object]:
     """Settings that numbers depend on, as JSON gives them back."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
@@ -124,3 +117,10 @@ def _hash_examples(examples: Sequence[Example]) -> str:
         if example.authority_weight is not None or example.provenance_entropy is not None:
             digest.update(repr((example.authority_weight, example.provenance_entropy)).encode())
     return digest.hexdigest()
+
+
+def _workbench_version() -> str:
+    try:
+        return importlib.metadata.version("mlx-lora-workbench")
+    except importlib.metadata.PackageNotFoundError:  # used from its source
+        return "not installed"
