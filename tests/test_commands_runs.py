@@ -19,7 +19,9 @@ from workbench.runs.store import RunFolder
 def runs(tmp_path, capsys):
     """Runs the command on three runs; its status and what it printed."""
     for name, steps in (("a", 3), ("b", 1), ("c", 2)):
-        folder = write_job(toy_run(tmp_path / name, steps), parameters={"rank": steps})
+        folder = write_job(
+            toy_run(tmp_path / name, steps), parameters={"rank": steps, "run_dir": name}
+        )
         record_results(folder, accuracy=steps / 4)
 
     def call(*words, root=tmp_path):

@@ -115,8 +115,14 @@ def test_flipped_bytes_never_spoil_the_table(root, place):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IndexWarning)
         table = runs(root)
-    assert set(table.name) >= set(NAMES)
+    assert table.name.tolist() == NAMES
     assert table[["loss", "train.learning_rate", "folder"]].notna().all(axis=None)
+    toy_run(root / "d", 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IndexWarning)
+        assert len(runs(root)) == 4
+        warnings.simplefilter("error")
+        assert len(runs(root)) == 4  # it has been mended
 
 
 @pytest.mark.fault("index of the runs")
@@ -144,9 +150,24 @@ def test_an_index_of_other_content_does_no_harm(root, change):
     if "application_id" in change:
         with pytest.warns(IndexWarning, match="another program's database"):
             assert is_whole(root)
-    else:
-        assert is_whole(root)
-        assert is_known(root)
+        return
+    assert is_whole(root)
+    toy_run(root / "d", 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert runs(root).steps.tolist() == [1, 2, 3, 4]
+    assert is_known(root)
+
+
+@pytest.mark.fault("index of the runs")
+def test_values_of_other_types_become_numbers(root):
+    with sqlite3.connect(root / INDEX_NAME) as connection:
+        change = "steps = 'many', loss = x'00', total_steps = '[', problem = NULL, started = 'x'"
+        connection.execute(f"UPDATE run SET {change} WHERE name = 'b'")
+    connection.close()
+    table = runs(root)
+    assert table.steps.tolist() == [1, 0, 3]
+    assert table.problem.tolist() == [""] * 3
 
 
 @pytest.mark.fault("index of the runs")

@@ -6,9 +6,12 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pandas as pd
+
 from tests.toy import write_jsonl
 from tests.toy_panel import toy_report
 from workbench.runs.store import RunFolder, as_config
+from workbench.runs.table import runs
 from workbench.tuning.config import TrainConfig
 
 
@@ -34,3 +37,9 @@ def write_job(folder: Path, state: str = "finished", **job: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps({"state": state, **job}))
     return folder
+
+
+def row_of(root: Path, name: str = "run") -> pd.Series:
+    """The table's row of one run."""
+    (row,) = (row for _, row in runs(root).iterrows() if row["name"] == name)
+    return row

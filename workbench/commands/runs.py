@@ -57,6 +57,7 @@ def _columns(table: pd.DataFrame, wanted: str | None, every: bool) -> list[str]:
         return [column_of(table, name.strip()) for name in wanted.split(",")]
     results = [name for name in table if name.startswith(RESULT)]
     parameters = [name for name in compare_configs(table) if name.startswith(PARAMETER)]
+    parameters = [name for name in parameters if name != f"{PARAMETER}run_dir"]  # the name says it
     problems = [LAST[0]] if table[LAST[0]].any() else []
     return [*SHOWN, *parameters, *results, *problems]
 

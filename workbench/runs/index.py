@@ -38,6 +38,18 @@ PLAIN = {str, int, float, bool, type(None)}
 CREATE = f"CREATE TABLE run ({', '.join(FIELDS)}, digest, PRIMARY KEY (name))"
 
 
+def _typed(column: str) -> str:
+    """A column as the type that it must have, whatever the file holds."""
+    if column in TEXTS:
+        return f"COALESCE(CAST({column} AS TEXT), '')"
+    if column in COUNTS:
+        return f"COALESCE(CAST({column} AS INTEGER), 0)"
+    return f"CAST({column} AS {'INTEGER' if column in WHOLE else 'REAL'})"
+
+
+SELECT = f"SELECT {', '.join(map(_typed, FIELDS))} FROM run"
+
+
 class _ForeignError(Exception):
     """The file is not an index."""
 
@@ -111,8 +123,7 @@ class Index:
     def records(self) -> dict[str, Record]:
         """What the index knows, by name."""
         try:
-            rows = self._execute(f"SELECT {', '.join(map(_typed, FIELDS))} FROM run")
-            return _as_records(rows)
+            return _as_records(self._execute(SELECT))
         except sqlite3.Error as error:
             self._mend(error)
         return {}
@@ -152,7 +163,7 @@ class Index:
             self._writes = False
             with contextlib.suppress(sqlite3.Error):
                 self._connection.execute("ROLLBACK")
-            self._explain(error)
+            self._mend(error)
 
     def _open(self) -> None:
         """Open the file, or make it.
@@ -169,7 +180,7 @@ class Index:
             if _kind(error) not in READ_ONLY or not self.path.is_file():
                 raise
             self._connect("?mode=ro&immutable=1")  # where no lock can be written either
-        own, tables = self._execute("PRAGMA application_id")[0][0], self._schema()
+        tables, own = self._schema(), self._execute("PRAGMA application_id")[0][0]  # in this order
         if own != OWN and tables:
             raise _ForeignError("is another program's database")
         if own == OWN and tables == [CREATE]:
@@ -203,7 +214,9 @@ class Index:
             with FileLock(self.path.with_name(f".{INDEX_NAME}.lock"), WAIT_SECONDS):
                 try:
                     self._open()  # another process may have mended it
-                    _as_records(self._execute(f"SELECT {', '.join(map(_typed, FIELDS))} FROM run"))
+                    if self._execute("PRAGMA integrity_check(1)") != [("ok",)]:
+                        raise sqlite3.DatabaseError("it is damaged")
+                    _as_records(self._execute(SELECT))
                 except (sqlite3.Error, _ForeignError):
                     self._close()
                     for end in ("-wal", "-shm"):  # of the damaged one: no other file's
@@ -220,7 +233,7 @@ class Index:
         if _kind(error) in BUSY:
             self._say("is locked by another process", "End the program that holds it.")
         else:
-            self._say(f"cannot be used ({error})", "Free some space.")
+            self._say(f"cannot be used ({error})", "The disk is full, or not made for databases.")
 
     def _say(self, what: str, cure: str) -> None:
         self._close()
@@ -236,15 +249,6 @@ class Index:
 def _kind(error: sqlite3.Error) -> str:
     """SQLITE_BUSY and the like, without what comes behind it: SQLITE_BUSY_SNAPSHOT."""
     return "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
-
-
-def _typed(column: str) -> str:
-    """A column as the type that it must have, whatever the file holds."""
-    if column in TEXTS:
-        return f"COALESCE(CAST({column} AS TEXT), '')"
-    if column in COUNTS:
-        return f"COALESCE(CAST({column} AS INTEGER), 0)"
-    return f"CAST({column} AS {'INTEGER' if column in WHOLE else 'REAL'})"
 
 
 def _as_records(rows: list[tuple]) -> dict[str, Record]:

@@ -128,15 +128,15 @@ def state_of(record: Record, folder: str | os.PathLike) -> str:
     if record.problem and of_job != "failed":
         return "damaged"
     all_steps = record.total_steps is not None and record.steps >= record.total_steps
-    if of_job is None and all_steps and not record.job_state:
+    if all_steps and not record.job_state:
         return "finished"
     if of_job != "finished" and is_running(folder):
         return "running"
     if of_job is not None:
         return of_job
-    if record.job_state or (record.steps and not all_steps):
+    if record.steps or record.job_state == "running":  # and nobody is at it
         return "stopped"
-    return "finished" if all_steps or record.num_results else "empty"
+    return "finished" if record.num_results and not record.job_state else "empty"
 
 
 def is_running(folder: str | os.PathLike) -> bool:

@@ -107,13 +107,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def _workbench_version() -> str:
-    try:
-        return importlib.metadata.version("mlx-lora-workbench")
-    except importlib.metadata.PackageNotFoundError:  # used from its source
-        return "not installed"
-
-
 def _settings(
     config: TrainConfig, objective: ObjectiveConfig | None = None, num_ranks: int = 1
 ) -> dict[str, object]:
@@ -135,3 +128,10 @@ def _hash_examples(examples: Sequence[Example]) -> str:
         if example.authority_weight is not None or example.provenance_entropy is not None:
             digest.update(repr((example.authority_weight, example.provenance_entropy)).encode())
     return digest.hexdigest()
+
+
+def _workbench_version() -> str:
+    try:
+        return importlib.metadata.version("mlx-lora-workbench")
+    except importlib.metadata.PackageNotFoundError:  # used from its source
+        return "not installed"
