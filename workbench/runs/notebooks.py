@@ -28,6 +28,7 @@ def run_notebook(
     parameters: Mapping[str, object] | None = None,
     *,
     echo: bool = False,
+    quiet: bool = False,
 ) -> Path:
     """Execute a notebook and write the executed copy; cells run in the source's folder.
 
@@ -37,6 +38,7 @@ def run_notebook(
             every cell ran; a failed run is kept beside it as `*.failed.ipynb`.
         parameters: values for names in the notebook's `parameters` cell.
         echo: pass on what the cells print, while they run; else show a bar.
+        quiet: show no bar.
 
     Raises:
         ConfigError: a parameter that the notebook does not have.
@@ -48,7 +50,7 @@ def run_notebook(
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as folder:
         executed = Path(folder) / target.name
         try:
-            _execute(source, executed, parameters, echo)
+            _execute(source, executed, parameters, echo, not (echo or quiet))
         except PapermillExecutionError as error:
             failed = target.with_suffix(".failed.ipynb")
             os.replace(executed, failed)
@@ -62,13 +64,15 @@ def run_notebook(
     return target
 
 
-def _execute(source: Path, target: Path, parameters: Mapping[str, object], echo: bool) -> None:
+def _execute(
+    source: Path, target: Path, parameters: Mapping[str, object], echo: bool, bar: bool
+) -> None:
     papermill.execute_notebook(
         source,
         target,
         parameters,
         cwd=source.parent,
-        progress_bar=not echo,
+        progress_bar=bar,
         stdout_file=sys.stdout if echo else None,
         stderr_file=sys.stderr if echo else None,
     )

@@ -46,7 +46,7 @@ def write_summary(root: str | os.PathLike) -> Path:
     target = Path(root) / SUMMARY
     with replacing(target) as path:
         nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), path)
-    return run_notebook(target, target)
+    return run_notebook(target, target, quiet=True)
 
 
 def _cells(swept: SweepResult) -> list[tuple[bool, str]]:
