@@ -27,17 +27,20 @@ def sweep(
     notebook: str | os.PathLike,
     grid: Mapping[str, object] | Sequence[Mapping[str, object]],
     root: str | os.PathLike | None = None,
+    *,
+    summary: bool = True,
     **settings: object,
 ) -> SweepResult:
     """Run a notebook with many combinations of parameters; in a notebook, shows how they go.
 
     The same call again goes on: what has finished is skipped, what was killed goes on from its
-    checkpoint. At the end an executed notebook, `summary.ipynb`, compares the runs.
+    checkpoint. At the end an executed notebook, `summary.ipynb`, compares all runs of the root.
 
     Args:
         notebook: has a cell tagged `parameters`.
         grid: name → list of values, or a list of name → value.
         root: folder of the sweep; default `runs/<notebook>-sweep`.
+        summary: write the notebook that compares the runs.
         settings: of `Sweep`: at_once, retries, memory, executor, seed, samples, allow_changes.
 
     Returns:
@@ -57,7 +60,8 @@ def sweep(
     finally:
         if table is not None:
             table.show()
-    write_summary(runs.root)
+    if summary:
+        write_summary(runs.root)
     return SweepResult(runs.root, runs.runs)
 
 

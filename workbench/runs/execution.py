@@ -7,6 +7,7 @@ the pipe that it gets as its argument. It imports nothing of the workbench, whic
 # ruff: noqa: E402
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -24,9 +25,25 @@ import psutil
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError, strip_color
 
-OUT_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+OUT_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 MAX_ERROR, MAX_TRACEBACK = 500, 8000  # characters; all must fit into a pipe that nobody reads yet
 OUTPUT = "notebook.ipynb"
+
+
+class Printed:
+    """What the cells print, on its way to the log, as far as the disk takes it.
+
+    An error here, or in an autosave, would end nbclient's reading of messages: it would then wait
+    for the cell for ever. The notebook is saved after each cell instead.
+    """
+
+    def write(self, text: str) -> None:
+        """Pass a text on."""
+        with contextlib.suppress(OSError):
+            os.write(sys.stdout.fileno(), text.encode("utf-8", "replace"))
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
 
 
 def main() -> None:
@@ -48,9 +65,9 @@ def _execute(job: dict[str, object], output: Path) -> dict[str, object]:
             job["parameters"],
             cwd=job["cwd"],
             progress_bar=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-            coalesce_streams=True,
+            autosave_cell_every=0,
+            stdout_file=Printed(),
+            stderr_file=Printed(),
         )
     except PapermillExecutionError as error:
         outcome = {
@@ -82,8 +99,22 @@ def _seal(output: Path) -> float:
     for cell in notebook.cells:
         seconds += cell.metadata.pop("papermill", {}).get("duration") or 0.0
         cell.metadata.pop("execution", None)
+        if "outputs" in cell:
+            cell.outputs = _joined(cell.outputs)
     nbformat.write(notebook, output)
     return seconds
+
+
+def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Pieces of printed text as one; nbclient's own way takes hours for a line of a megabyte."""
+    joined: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        before = joined[-1] if joined else {}
+        if output.output_type == "stream" and before.get("name") == output.name:
+            before.text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def _end_with(watcher: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import itertools
 import json
@@ -102,6 +103,22 @@ def folder_name(parameters: Parameters) -> str:
 def in_words(parameters: Parameters) -> str:
     """Parameters as a line: `rank=4, learning_rate=0.001`."""
     return ", ".join(f"{name}={value!r}" for name, value in parameters.items()) or "no parameters"
+
+
+def value_of(text: str) -> object:
+    """A value from a command line: a Python literal, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def values_of(text: str) -> list[object]:
+    """Values from a command line, parted by commas: `1e-3,2e-3`, `[1,2],[3]`, `linear,cosine`."""
+    together = value_of(f"[{text}]")
+    if isinstance(together, list):
+        return together
+    return [value_of(part.strip()) for part in text.split(",")]
 
 
 def _axes(grid: Mapping[str, object]) -> dict[str, list[object] | Between]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import keyword
 import os
 import sys
@@ -20,6 +19,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 
 from workbench.errors import ConfigError, RunError
+from workbench.runs.grids import value_of
 
 
 def run_notebook(
@@ -124,15 +124,8 @@ def main() -> None:
     options = parser.parse_args()
     for notebook in options.notebooks:
         target = options.out / notebook.name if options.out else notebook
-        parameters = {name: _literal(value) for name, value in options.p}
+        parameters = {name: value_of(value) for name, value in options.p}
         run_notebook(notebook, target, parameters, echo=options.echo)
-
-
-def _literal(value: str) -> object:
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
 
 
 if __name__ == "__main__":
