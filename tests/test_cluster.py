@@ -86,6 +86,9 @@ def test_a_sweep_of_six_outlives_a_killed_worker_and_a_dead_kernel(cluster, tmp_
     assert sweep.runs[0].attempts == 2, "a dead kernel is the sweep's to try again"
     assert sweep.runs[3].attempts == 1, "a killed worker is dask's"
     assert not psutil.pid_exists(tries(tmp_path, 3)[0][0]), "the killed worker's kernel lives on"
+    with load_distributed().Client(cluster.address, set_as_default=False) as client:
+        loaded = client.run_on_scheduler(lambda: "workbench" in sys.modules)
+    assert not loaded, "the scheduler needs no workbench"
 
 
 def test_leaving_a_sweep_ends_the_kernels_on_the_workers(cluster, tmp_path):
@@ -108,11 +111,6 @@ def test_a_client_that_goes_takes_its_kernels_with_it(cluster, endless):
         outcome.result(timeout=10)
     executor.close()
     wait_for(lambda: not psutil.pid_exists(kernel), seconds=10)
-
-
-def test_the_scheduler_loads_no_workbench(cluster, tmp_path):
-    with load_distributed().Client(cluster.address, set_as_default=False) as client:
-        assert not client.run_on_scheduler(lambda: "workbench" in sys.modules)
 
 
 def test_a_worker_with_another_workbench_is_refused_by_name(cluster, tmp_path):
@@ -151,6 +149,7 @@ def test_without_a_worker_for_jobs_the_command_for_one_is_named(bare, tmp_path):
         on_cluster(bare.address, tmp_path)
 
 
+@pytest.mark.long
 def test_a_job_that_kills_workers_ends_and_jobs_do_not_wait_for_ever(bare, endless, monkeypatch):
     monkeypatch.setattr(cluster_module, "PATIENCE_SECONDS", 1.0)
     (worker,) = bare.workers(1, *MLX)
@@ -225,6 +224,9 @@ def test_workers_of_this_machine_are_started_again(tmp_path):
     assert executor.shares_memory
     outcome = executor.submit(Job(book, {}, tmp_path / "run"))
     kernel, _, worker, *_ = wait_for(lambda: tries(tmp_path, 3))[0]
+    sockets = [*psutil.Process().net_connections(), *psutil.Process(worker).net_connections()]
+    listens = {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN}
+    assert listens == {"127.0.0.1"}, "others on the network can reach this cluster"
     psutil.Process(worker).kill()
     assert outcome.result(timeout=60).state == "finished"
     executor.close()
