@@ -23,9 +23,9 @@ MLX = ("--resources", "mlx=1")
 
 
 class DaskCluster:
-    """Processes of the command `dask`; none of them outlives `end`."""
+    """Processes of the command `dask`; none of them outlives the context."""
 
-    def __init__(self, folder: Path, *security: str):
+    def __init__(self, folder: Path, *security: str, **env: str):
         self.folder, self.security = folder, security
         self.processes: list[subprocess.Popen] = []
         self.scheduler = self._start(
@@ -37,6 +37,7 @@ class DaskCluster:
             "127.0.0.1",
             "--scheduler-file",
             str(folder / "scheduler.json"),
+            **env,
         )
         self.address = wait_for(self._address)
 
@@ -75,8 +76,15 @@ class DaskCluster:
             return json.loads((self.folder / "scheduler.json").read_text())["address"]
         return ""
 
-    def end(self) -> None:
-        """Kill whatever runs."""
+    def kill_one_of(self, processes: Sequence[int]) -> None:
+        """Kill the worker that is among these process ids; it may be dead already."""
+        (worker,) = [each for each in self.processes if each.pid in processes]
+        worker.kill()
+
+    def __enter__(self) -> DaskCluster:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         for process in self.processes:
             with contextlib.suppress(psutil.Error):
                 for child in psutil.Process(process.pid).children(recursive=True):

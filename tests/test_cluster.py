@@ -14,12 +14,14 @@ import pytest
 
 from tests.dask_cluster import MLX, DaskCluster, paths, wait_for
 from tests.process import ROOT
+from tests.toy_training import toy_trainer
 from workbench.errors import ConfigError, RunError
 from workbench.runs import cluster as cluster_module
 from workbench.runs import cluster_connection
 from workbench.runs.cluster import on_cluster
 from workbench.runs.cluster_connection import load_distributed
 from workbench.runs.jobs import Job
+from workbench.runs.store import read_metrics
 from workbench.runs.sweep import Sweep
 
 pytestmark = pytest.mark.skipif(find_spec("distributed") is None, reason="no extra `cluster`")
@@ -58,12 +60,9 @@ def tries(folder: Path, n: int) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A scheduler, and two workers for jobs."""
-    made = DaskCluster(tmp_path_factory.mktemp("dask"))
-    try:
+    with DaskCluster(tmp_path_factory.mktemp("dask")) as made:
         made.workers(2, *MLX)
         yield made
-    finally:
-        made.end()
 
 
 @pytest.fixture
@@ -78,18 +77,18 @@ def test_a_sweep_of_six_outlives_a_killed_worker_and_a_dead_kernel(cluster, tmp_
     grid = {"n": [0, 1, 2, 3, 4, 5]}
     root = tmp_path / "sweep"
     sweep = Sweep(book, grid, root, executor=cluster.address, memory=1_000_000, retries=1)
-    killed = None
     for _ in sweep:
-        if not killed and tries(tmp_path, 3):
-            (killed,) = [p for p in cluster.processes if p.pid in tries(tmp_path, 3)[0]]
-            killed.kill()
-    assert killed is not None
+        if len(tries(tmp_path, 3)) == 1:
+            cluster.kill_one_of(tries(tmp_path, 3)[0])
     assert [run.state for run in sweep.runs] == ["finished"] * 6
     assert all((run.folder / "notebook.ipynb").is_file() for run in sweep.runs)
     assert [len(tries(tmp_path, n)) for n in range(6)] == [2, 1, 1, 2, 1, 1]
     assert sweep.runs[0].attempts == 2, "a dead kernel is the sweep's to try again"
     assert sweep.runs[3].attempts == 1, "a killed worker is dask's"
     assert not psutil.pid_exists(tries(tmp_path, 3)[0][0]), "the killed worker's kernel lives on"
+    with load_distributed().Client(cluster.address, set_as_default=False) as client:
+        loaded = client.run_on_scheduler(lambda: "workbench" in sys.modules)
+    assert not loaded, "the scheduler needs no workbench"
 
 
 def test_leaving_a_sweep_ends_the_kernels_on_the_workers(cluster, tmp_path):
@@ -112,11 +111,6 @@ def test_a_client_that_goes_takes_its_kernels_with_it(cluster, endless):
         outcome.result(timeout=10)
     executor.close()
     wait_for(lambda: not psutil.pid_exists(kernel), seconds=10)
-
-
-def test_the_scheduler_loads_no_workbench(cluster, tmp_path):
-    with load_distributed().Client(cluster.address, set_as_default=False) as client:
-        assert not client.run_on_scheduler(lambda: "workbench" in sys.modules)
 
 
 def test_a_worker_with_another_workbench_is_refused_by_name(cluster, tmp_path):
@@ -142,13 +136,11 @@ def test_a_worker_that_does_not_share_the_folder_is_refused_by_name(cluster, tmp
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """A scheduler, and a worker that is not for jobs."""
-    made = DaskCluster(tmp_path_factory.mktemp("bare"))
-    try:
+    """A scheduler that forgives no killed worker, and a worker that is not for jobs."""
+    strict = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}
+    with DaskCluster(tmp_path_factory.mktemp("bare"), **strict) as made:
         made.workers(1)
         yield made
-    finally:
-        made.end()
 
 
 def test_without_a_worker_for_jobs_the_command_for_one_is_named(bare, tmp_path):
@@ -157,15 +149,18 @@ def test_without_a_worker_for_jobs_the_command_for_one_is_named(bare, tmp_path):
         on_cluster(bare.address, tmp_path)
 
 
-def test_jobs_do_not_wait_for_ever_for_workers(bare, endless, monkeypatch):
+@pytest.mark.long
+def test_a_job_that_kills_workers_ends_and_jobs_do_not_wait_for_ever(bare, endless, monkeypatch):
     monkeypatch.setattr(cluster_module, "PATIENCE_SECONDS", 1.0)
     (worker,) = bare.workers(1, *MLX)
     executor = on_cluster(bare.address, endless.folder)
     outcome = executor.submit(endless)
     kernel = wait_for(lambda: tries(endless.notebook.parent, 1))[0][0]
     worker.kill()
+    result = outcome.result(timeout=30)
+    assert (result.state, result.error) == ("killed", "1 workers died while they ran it")
     with pytest.raises(RunError, match="no worker is left that declares the resource 'mlx'"):
-        outcome.result(timeout=30)
+        executor.submit(endless).result(timeout=30)
     executor.close()
     wait_for(lambda: not psutil.pid_exists(kernel), seconds=10)
 
@@ -197,3 +192,67 @@ def test_without_the_extra_its_name_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ConfigError, match=r"pip install 'mlx-lora-workbench\[cluster\]'"):
         on_cluster("dask", tmp_path)
+
+
+@pytest.mark.long
+def test_a_trainer_goes_on_where_the_killed_worker_left_it(tmp_path):
+    training = "trainer = toy_trainer(run_dir=run_dir, steps=12, checkpoint_every=2)"
+    steps = "for report in trainer:\n    print(report.step, flush=True)\n    time.sleep(0.5)"
+    imports = "from tests.toy_training import toy_trainer"
+    cells = "n = 1\nrun_dir = ''", NOTE, imports, training, steps
+    book = write_notebook(tmp_path / "train.ipynb", *cells)
+    with DaskCluster(tmp_path) as made:
+        made.workers(2, *MLX)
+        sweep = Sweep(book, [{"n": 1}], tmp_path / "sweep", executor=made.address)
+        (run,) = sweep.runs
+        for _ in sweep:
+            if run.progress.get("step", 0) >= 5 and len(tries(tmp_path, 1)) == 1:
+                made.kill_one_of(tries(tmp_path, 1)[0])
+    assert len(tries(tmp_path, 1)) == 2
+    assert run.state == "finished"
+    again = nbformat.read(run.folder / "notebook.ipynb", as_version=4).cells[-1].outputs
+    assert int(again[0].text.split()[0]) >= 5, "the second attempt began anew"
+    unbroken = [report.loss for report in toy_trainer(steps=12)]
+    assert list(read_metrics(run.folder)["loss"]) == pytest.approx(unbroken, rel=1e-5)
+
+
+@pytest.mark.long
+def test_workers_of_this_machine_are_started_again(tmp_path):
+    book = write_notebook(tmp_path / "n.ipynb", "n = 3", NOTE, DIE_OR_WAIT)
+    executor = on_cluster("dask", tmp_path / "sweep", at_once=1)
+    assert executor.at_once == 1
+    assert executor.shares_memory
+    outcome = executor.submit(Job(book, {}, tmp_path / "run"))
+    kernel, _, worker, *_ = wait_for(lambda: tries(tmp_path, 3))[0]
+    sockets = [*psutil.Process().net_connections(), *psutil.Process(worker).net_connections()]
+    listens = {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN}
+    assert listens == {"127.0.0.1"}, "others on the network can reach this cluster"
+    psutil.Process(worker).kill()
+    assert outcome.result(timeout=60).state == "finished"
+    executor.close()
+    assert not any(psutil.pid_exists(pid) for pid in (kernel, worker, *tries(tmp_path, 3)[1][:3]))
+
+
+@pytest.mark.long
+def test_a_job_over_tls(tmp_path, monkeypatch):
+    import dask
+
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=sweep"
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make certificates with")
+    cert, key = str(tmp_path / "cert"), str(tmp_path / "key")
+    subprocess.run([*make.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
+    files = "--tls-ca-file", cert, "--tls-cert", cert, "--tls-key", key
+    book = write_notebook(tmp_path / "n.ipynb", "n = 1", NOTE)
+    with DaskCluster(tmp_path, "--protocol", "tls", *files) as made:
+        made.workers(1, *MLX)
+        assert made.address.startswith("tls://")
+        monkeypatch.setattr(cluster_connection, "CONNECT_SECONDS", 2.0)
+        with pytest.raises(RunError, match=f"{made.address}: no scheduler answers there"):
+            on_cluster(made.address, tmp_path / "sweep")
+        tls = {"ca-file": cert, "client.cert": cert, "client.key": key}
+        tls = {f"distributed.comm.tls.{name}": value for name, value in tls.items()}
+        with dask.config.set(tls):
+            executor = on_cluster(made.address, tmp_path / "sweep")
+        assert executor.submit(Job(book, {}, tmp_path / "run")).result().state == "finished"
+        executor.close()

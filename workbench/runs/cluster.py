@@ -7,7 +7,8 @@ workbench, and a folder that they share under the same path. Then, one worker a 
     dask worker tcp://scheduler:8786 --resources "mlx=1" --nthreads 1
     wb.sweep("train.ipynb", grid, root="/shared/sweep", executor="tcp://scheduler:8786")
 
-`executor="dask"` starts workers on this machine; `executor=client` takes a `distributed.Client`.
+`executor="dask"` starts workers on this machine (a script does so below `if __name__ ==
+"__main__":`, since they import it); `executor=client` takes a `distributed.Client`.
 
 Whoever reaches a scheduler can run code on its workers. Outside of a trusted network use TLS, with
 certificates of an authority of your own for all three parties:
@@ -119,7 +120,8 @@ class ClusterExecutor:
         """End all that runs, kernels included; their futures then give `cancelled`."""
         self._cancelled_at = self._cancelled_at or time.monotonic()
         if self._client.status == "running":
-            with contextlib.suppress(OSError):  # without a scheduler, workers end their jobs
+            # Without a scheduler, workers end their jobs by themselves.
+            with contextlib.suppress(OSError, RuntimeError):
                 self._event.set()
 
     def close(self) -> None:
@@ -128,7 +130,7 @@ class ClusterExecutor:
         self._closed.set()
         self._watcher.join()
         if self._client.status == "running":
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, RuntimeError):
                 self._event.clear()
         self._made.close()
 
@@ -160,8 +162,11 @@ class ClusterExecutor:
             now = time.monotonic()
             if self._cancelled_at and now - self._cancelled_at > GRACE_SECONDS:
                 self._drop()
-            with contextlib.suppress(OSError, RuntimeError):  # lost: dask ends the futures
-                alone = bool(self._pending) and not find_slots(self._client, required=False)
+            if not self._pending or self._client.status != "running":  # lost: dask ends them
+                alone_since = None
+                continue
+            with contextlib.suppress(OSError, RuntimeError):
+                alone = not find_slots(self._client, required=False)
                 alone_since = (alone_since or now) if alone else None
             if alone_since and now - alone_since > PATIENCE_SECONDS:
                 self._reason = RunError(

@@ -78,7 +78,7 @@ def _local_cluster(distributed: ModuleType, at_once: int) -> object:
         threads_per_worker=1,
         resources={RESOURCE: 1},
         memory_limit=None,  # the sweep counts memory; a worker itself needs little
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",  # any free port; dask's own may be taken
         silence_logs=logging.CRITICAL,
     )
 
