@@ -45,6 +45,9 @@ def trainer_of(ranks: Ranks, data=None, *, full=False, dropout=0.0, steps=STEPS,
         wb.set_trainable(base.model, "head")
     elif not full:
         wb.add_lora(base.model, wb.LoRAConfig(rank=4, dropout=dropout))
+    if ranks.rank:  # rank 0's weights are what all start from
+        own = tree_map(lambda weight: weight + ranks.rank, base.model.trainable_parameters())
+        base.model.update(own)
     # Where a gradient is nearly nought, Adam would turn rounding into whole steps.
     usual = {"micro_batch_size": 6, "learning_rate": 1e-2, "adam_epsilon": 1e-3}
     settings = {"steps": steps, **usual, **given}

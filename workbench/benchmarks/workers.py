@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from workbench.backend import on_gpu
@@ -86,9 +87,15 @@ class Worker:
     Args:
         peer: one of `PEERS`.
         command: what is started instead of the peer's own script.
+        environment: variables of its own.
     """
 
-    def __init__(self, peer: str, command: list[str] | None = None):
+    def __init__(
+        self,
+        peer: str,
+        command: list[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ):
         assert peer in PEERS, peer
         self.peer = peer
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
@@ -98,7 +105,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=_environment(peer),
+            env={**_environment(peer), **(environment or {})},
             text=True,
             start_new_session=True,  # Ctrl-C is for the conductor, which ends this one
         )

@@ -20,6 +20,7 @@ from workbench.data.datasets import Dataset
 from workbench.data.examples import Example
 from workbench.evaluation.generation import SamplingConfig, encode_prompt, generate_tokens
 from workbench.tuning.losses import mean_loss, plain_loss
+from workbench.tuning.ranks import join_ranks
 
 
 class OurPeer:
@@ -48,7 +49,8 @@ class OurPeer:
             **job["optimizer"],
             **job["settings"],
         )
-        trainer = wb.Trainer(self.base, Dataset("benchmark", self.rows), config)
+        data, ranks = Dataset("benchmark", self.rows), join_ranks()
+        trainer = wb.Trainer(self.base, data, config, ranks=ranks)
         for step, wanted in enumerate(job["batches"]):
             (rows,) = trainer.plan.micro_batches(step)
             assert list(rows) == wanted, f"step {step} trains other rows than the peers"
