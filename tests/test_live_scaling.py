@@ -26,7 +26,7 @@ def pixels(content):
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGBA"))
 
 
-def test_its_title_names_the_best_and_the_worst(monkeypatch):
+def test_its_title_says_what_the_slowest_and_the_fastest_link_give(monkeypatch):
     titles = []
     own = scaling.headline
     monkeypatch.setattr(scaling, "headline", lambda f, text: titles.append(text) or own(f, text))
@@ -34,7 +34,7 @@ def test_its_title_names_the_best_and_the_worst(monkeypatch):
     assert one.shape == other.shape
     assert not np.array_equal(one, other)
     assert one[0, 0, 3] == 0  # a ground of its own would hide the page's
-    assert titles[0] == ("4.0 × on 4 machines by fast (small); 2.5 × on 4 machines by slow (small)")
+    assert titles[0] == "4 machines, by link: small 2.5 to 4.0 ×"
 
 
 @pytest.mark.parametrize("nothing", [{}, {"job": {}}, {"job": {"link": []}}])

@@ -62,10 +62,11 @@ def draw_scaling(curves: Mapping[str, Curves]) -> bytes:
 
 
 def _finding(curves: Mapping[str, Curves]) -> str:
-    """The best and the worst of the largest number of machines."""
-    ends = [(line[-1], link, job) for job, links in curves.items() for link, line in links.items()]
-    best, worst = (pick(ends, key=lambda end: end[0].speedup) for pick in (max, min))
-    return "; ".join(
-        f"{point.speedup:.1f} × on {point.ranks} machines by {link} ({job})"
-        for point, link, job in (best, worst)
-    )
+    """What the largest number of machines gains, by job."""
+    parts, most = [], 0
+    for job, links in curves.items():
+        ends = [line[-1] for line in links.values()]
+        most = max(most, *(end.ranks for end in ends))
+        slowest, fastest = (pick(end.speedup for end in ends) for pick in (min, max))
+        parts.append(f"{job.partition(':')[0]} {slowest:.1f} to {fastest:.1f} ×")
+    return f"{most} machines, by link: {'; '.join(parts)}"

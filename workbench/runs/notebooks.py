@@ -73,6 +73,7 @@ def _execute(
         parameters,
         cwd=source.parent,
         progress_bar=bar,
+        extra_arguments=["--log-level=ERROR"],  # the kernel's: it warns of TCP on this machine
         stdout_file=sys.stdout if echo else None,
         stderr_file=sys.stderr if echo else None,
     )
