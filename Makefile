@@ -1,4 +1,4 @@
-# Every target makes .venv and installs what it needs. Python 3.11 or later; no root.
+# Targets make .venv and install what they need. Python 3.11 or later; no root.
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers-installed
 
-PEER_TESTS := $(addprefix tests/test_,peft_agreement.py harness.py observers.py row_sources.py)
+PEER_TESTS := $(addprefix tests/test_,peft_agreement.py harness.py observers.py row_sources.py cluster.py)
 
-.PHONY: quickstart test test-long test-browser test-peers faults benchmark lab notebooks lint clean
+.PHONY: quickstart test test-long test-browser test-peers faults benchmark doctor lab notebooks \
+	lint help clean
 
 quickstart: $(INSTALLED)  ## fine-tune a real model, and show the result
 	$(BIN)/python -m workbench.runs.notebooks notebooks/00_quickstart.ipynb --out build --echo -p verbose True
@@ -24,7 +25,7 @@ test-long: $(INSTALLED)  ## every kill and disk fault; the notebooks again, comp
 test-browser: $(INSTALLED)  ## the live panel in JupyterLab and Chromium, if there is one
 	$(BIN)/python -m pytest -m browser -rs
 
-test-peers: $(PEERS)  ## our adapters, models and rows in PEFT, transformers, lm-eval, TensorBoard
+test-peers: $(PEERS)  ## our adapters, models, rows and sweeps in other tools: PEFT, lm-eval, dask …
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[peers]"
 	$(BIN)/python -m pytest -m "not browser" -rs $(PEER_TESTS)
 
@@ -35,6 +36,9 @@ benchmark: $(PEERS)  ## against mlx-lm and torch with PEFT: about 15 minutes on 
 	$(BIN)/python -m workbench.runs.notebooks notebooks/09_benchmark.ipynb --out build --echo -p verbose True
 	@echo "The executed notebook: build/09_benchmark.ipynb; the figures: notebooks/out/benchmark.json"
 
+doctor: $(INSTALLED)  ## what works on this machine, and how to cure what does not
+	$(BIN)/python -m workbench doctor
+
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=.
 
@@ -44,6 +48,10 @@ notebooks: $(INSTALLED)  ## execute every notebook anew, in place; the benchmark
 lint: $(INSTALLED)  ## ruff, on code and notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' $(MAKEFILE_LIST) | while read name what; do \
+		printf '%-13s %s\n' "$$name" "$$what"; done
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build *.egg-info

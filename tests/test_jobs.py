@@ -18,7 +18,8 @@ from tests.faults.processes import forked
 from tests.small_notebooks import processes_of, write_notebook
 from workbench.errors import RunError
 from workbench.runs import lock
-from workbench.runs.jobs import WORK, Job, run_job
+from workbench.runs.jobs import Job, run_job
+from workbench.runs.store import JOB_FOLDER
 
 SLEEP = "import pathlib, time\npathlib.Path(run_dir, 'begun').touch()\ntime.sleep(300)"
 SECONDS = 60  # limit for what takes some
@@ -58,7 +59,7 @@ def test_a_job_runs_in_the_notebooks_folder_with_its_parameters_and_threads(tmp_
     assert "papermill" not in json.dumps(executed.cells) + json.dumps(executed.metadata)
     assert text in (job.folder / "log.txt").read_text()
     left = {path.relative_to(job.folder).as_posix() for path in job.folder.rglob("*")}
-    assert left == {"notebook.ipynb", "log.txt", WORK, f"{WORK}/{lock.LOCK_NAME}"}
+    assert left == {"notebook.ipynb", "log.txt", JOB_FOLDER, f"{JOB_FOLDER}/{lock.LOCK_NAME}"}
 
 
 def test_a_failing_cell_and_a_dying_kernel_are_told_apart(tmp_path):
@@ -90,7 +91,7 @@ def test_a_cancelled_job_leaves_no_process(tmp_path):
     assert run_job(job, cancelled).state == "cancelled"
     assert len(seen) == 2, "the executing process and its kernel"
     assert processes_of(job.folder) == []
-    assert list((job.folder / WORK).iterdir()) == [job.folder / WORK / lock.LOCK_NAME]
+    assert list((job.folder / JOB_FOLDER).iterdir()) == [job.folder / JOB_FOLDER / lock.LOCK_NAME]
 
 
 def test_the_kernel_dies_with_the_process_that_executes(tmp_path):
@@ -118,7 +119,7 @@ def test_all_die_with_their_watcher_and_the_next_attempt_waits_for_that(tmp_path
     wait_for(lambda: begun(job), "the start")
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     watcher.join()
-    with lock.held(job.folder / WORK, SECONDS):
+    with lock.held(job.folder / JOB_FOLDER, SECONDS):
         assert processes_of(job.folder) == []
 
 
@@ -131,9 +132,9 @@ def watched(job: Job) -> None:
 def test_two_never_run_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("workbench.runs.jobs.WAIT_SECONDS", 0.2)
     job = sleeping_job(tmp_path)
-    (job.folder / WORK).mkdir(parents=True)
+    (job.folder / JOB_FOLDER).mkdir(parents=True)
     with (
-        lock.held(job.folder / WORK, 0),
+        lock.held(job.folder / JOB_FOLDER, 0),
         pytest.raises(RunError, match="is being written by another process"),
     ):
         run_job(job)

@@ -138,6 +138,9 @@ def test_cells_are_means_of_their_runs(table, drawn):
     assert drawn["texts"] == {"0.5": (0, 0), "0.45": (1, 0)}
     assert drawn["title"] == "Lowest accuracy: 0.45 at rank b, learning rate 1"
     assert drawn["ticks"][0] == ["$a$", "b", "c"]
+    table["result.accuracy"] = 1.0
+    draw_heat_map(table, "rank", "learning_rate", "accuracy")
+    assert drawn["title"].endswith(", and in 2 more")
 
 
 def test_what_makes_no_heat_map_is_named(table):

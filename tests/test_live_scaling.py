@@ -34,7 +34,7 @@ def test_its_title_says_what_the_slowest_and_the_fastest_link_give(monkeypatch):
     assert one.shape == other.shape
     assert not np.array_equal(one, other)
     assert one[0, 0, 3] == 0  # a ground of its own would hide the page's
-    assert titles[0] == "4 machines, by link: small 2.5 to 4.0 ×"
+    assert titles[0] == "4 machines · small: 2.5 to 4.0 ×"
 
 
 @pytest.mark.parametrize("nothing", [{}, {"job": {}}, {"job": {"link": []}}])

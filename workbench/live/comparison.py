@@ -239,5 +239,7 @@ def _best_cell(cells: pd.DataFrame, x: str, y: str, value: str, largest: bool) -
     flat = cells.where(np.isfinite(cells)).stack().dropna()
     at = flat.idxmax() if largest else flat.idxmin()
     place = f"{short_name(x)} {in_words(at[1])}, {short_name(y)} {in_words(at[0])}"
+    equal = int((flat == flat[at]).sum()) - 1
+    others = f", and in {equal} more" if equal else ""
     word = "Highest" if largest else "Lowest"
-    return f"{word} {short_name(value)}: {flat[at]:.3g} at {place}"
+    return f"{word} {short_name(value)}: {flat[at]:.3g} at {place}{others}"

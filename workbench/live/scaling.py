@@ -68,5 +68,5 @@ def _finding(curves: Mapping[str, Curves]) -> str:
         ends = [line[-1] for line in links.values()]
         most = max(most, *(end.ranks for end in ends))
         slowest, fastest = (pick(end.speedup for end in ends) for pick in (min, max))
-        parts.append(f"{job.partition(':')[0]} {slowest:.1f} to {fastest:.1f} ×")
-    return f"{most} machines, by link: {'; '.join(parts)}"
+        parts.append(f"{job.partition(':')[0]}: {slowest:.1f} to {fastest:.1f} ×")
+    return " · ".join([f"{most} machines", *parts])

@@ -25,9 +25,8 @@ import psutil
 from workbench.errors import RunError
 from workbench.machine import process_memory
 from workbench.runs import lock
+from workbench.runs.store import FAILED, JOB_FOLDER, LOG, NOTEBOOK
 
-WORK = ".job"  # an attempt's own files, in the run folder
-NOTEBOOK, FAILED, LOG = "notebook.ipynb", "failed.ipynb", "log.txt"
 SCRIPT = Path(__file__).with_name("execution.py")
 FINISHED, FAILS, KILLED, CANCELLED = "finished", "failed", "killed", "cancelled"
 POLL_SECONDS = 0.2
@@ -89,7 +88,7 @@ def run_job(job: Job, cancelled: Callable[[], bool] = lambda: False) -> JobResul
     Raises:
         RunError: the folder cannot be written, or is in use.
     """
-    began, work = time.monotonic(), job.folder / WORK
+    began, work = time.monotonic(), job.folder / JOB_FOLDER
     try:
         work.mkdir(parents=True, exist_ok=True)
         with lock.held(work, WAIT_SECONDS) as held, _clean(work):

@@ -12,12 +12,10 @@ from workbench.errors import RunError
 from workbench.models.regular_files import parse_json
 from workbench.runs import lock
 from workbench.runs.digest import Digest, open_plain, read_on
-from workbench.runs.store import CONFIG_NAME, METRICS_NAME
+from workbench.runs.store import CONFIG_NAME, JOB_FOLDER, JOB_NAME, METRICS_NAME, RESULTS_NAME
 
-RESULTS_NAME, JOB_NAME = "results.json", "job.json"
 FILES = (CONFIG_NAME, METRICS_NAME, RESULTS_NAME, JOB_NAME)
 ABSENT = "-"
-JOB_FOLDER = ".job"  # of a sweep, in the run folder; it is locked as long as the notebook runs
 MAX_DEPTH = 4  # folders inside one another, from the root to a run
 MAX_FOLDERS = 100_000
 MAX_JSON_BYTES = 1_000_000

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from workbench.errors import ConfigError, FileFormatError, RunError
 from workbench.models.files import read_json, replacing
-from workbench.runs.records import MAX_NAME, MAX_VALUES, RESULTS_NAME
+from workbench.runs.records import MAX_NAME, MAX_VALUES
+from workbench.runs.store import RESULTS_NAME
 
 MAX_TEXT = 1000  # characters
 

@@ -16,8 +16,10 @@ from workbench.models.files import write_json
 from workbench.runs import lock
 from workbench.runs.commits import STAGING
 
-CONFIG_NAME, METRICS_NAME = "config.json", "metrics.jsonl"
-OF_A_SWEEP = {".job", "job.json", "notebook.ipynb", "failed.ipynb", "log.txt", "results.json"}
+CONFIG_NAME, METRICS_NAME, RESULTS_NAME = "config.json", "metrics.jsonl", "results.json"
+JOB_NAME, JOB_FOLDER = "job.json", ".job"  # a sweep's; the folder is locked while a notebook runs
+NOTEBOOK, FAILED, LOG = "notebook.ipynb", "failed.ipynb", "log.txt"  # likewise: what it executed
+OF_A_SWEEP = {JOB_NAME, JOB_FOLDER, NOTEBOOK, FAILED, LOG, RESULTS_NAME}
 
 
 def new_run(root: str | os.PathLike, name: str) -> Path:

@@ -19,10 +19,10 @@ from workbench.runs.executors import LocalExecutor
 from workbench.runs.grids import combinations, folder_name
 from workbench.runs.jobs import Executor, Job, JobResult, unwritable
 from workbench.runs.memory_budget import MemoryBudget, MemoryNeed
+from workbench.runs.store import JOB_NAME
 from workbench.runs.sweep_runs import (
     CANCELLED,
     FINISHED,
-    JOB_NAME,
     RUNNING,
     WAITING,
     SweepRun,

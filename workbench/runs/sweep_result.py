@@ -10,10 +10,10 @@ from pathlib import Path
 import pandas as pd
 
 from workbench.errors import RunError
+from workbench.runs.store import JOB_NAME
 from workbench.runs.sweep_runs import (
     CANCELLED,
     FINISHED,
-    JOB_NAME,
     RUNNING,
     WAITING,
     SweepRun,

@@ -15,9 +15,8 @@ from pathlib import Path
 from workbench.errors import FileFormatError, RunError
 from workbench.models.files import read_json, write_json
 from workbench.runs.jobs import JobResult
-from workbench.runs.store import METRICS_NAME
+from workbench.runs.store import JOB_NAME, METRICS_NAME, RESULTS_NAME
 
-JOB_NAME, RESULTS_NAME = "job.json", "results.json"
 WAITING, RUNNING, FINISHED, CANCELLED = "waiting", "running", "finished", "cancelled"
 STATES = (WAITING, RUNNING, FINISHED, "failed", "killed", CANCELLED)
 TAIL_BYTES = 65_536  # of the metrics; a row has a few hundred
