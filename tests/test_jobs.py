@@ -17,7 +17,7 @@ import pytest
 from tests.faults.processes import forked
 from tests.small_notebooks import processes_of, write_notebook
 from workbench.errors import RunError
-from workbench.runs import lock
+from workbench.runs import jobs, lock
 from workbench.runs.jobs import Job, run_job
 from workbench.runs.store import JOB_FOLDER
 
@@ -130,7 +130,7 @@ def watched(job: Job) -> None:
 
 
 def test_two_never_run_in_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("workbench.runs.jobs.WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(jobs, "WAIT_SECONDS", 0.2)
     job = sleeping_job(tmp_path)
     (job.folder / JOB_FOLDER).mkdir(parents=True)
     with (

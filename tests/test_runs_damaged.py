@@ -11,6 +11,7 @@ import pytest
 
 from tests.toy import write_jsonl
 from tests.toy_runs import row_of, rows, toy_run
+from workbench.runs import table as runs_table
 from workbench.runs.table import runs
 
 
@@ -99,7 +100,7 @@ def test_a_name_that_cannot_be_shown_is_a_damaged_row(tmp_path):
 
 
 def test_many_names_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("workbench.runs.table.MAX_COLUMNS", 6)
+    monkeypatch.setattr(runs_table, "MAX_COLUMNS", 6)
     for number in range(5):
         folder = toy_run(tmp_path / f"run-{number}", 1)
         config = {"shared": number, **{f"own {number} {n}": n for n in range(5)}}

@@ -16,6 +16,7 @@ import pytest
 from tests.toy_runs import row_of, rows, toy_run, write_job
 from tests.toy_training import toy_trainer
 from workbench.errors import ConfigError, RunError
+from workbench.runs import records
 from workbench.runs.index import INDEX_NAME
 from workbench.runs.results import record_results
 from workbench.runs.store import RunFolder
@@ -192,7 +193,7 @@ def test_no_folder_and_too_many_are_named(tmp_path, monkeypatch):
     assert compare_configs(tmp_path).empty
     for name in "abc":
         (tmp_path / name).mkdir()
-    monkeypatch.setattr("workbench.runs.records.MAX_FOLDERS", 2)
+    monkeypatch.setattr(records, "MAX_FOLDERS", 2)
     with pytest.raises(RunError, match="more than 2 folders"):
         runs(tmp_path)
 
