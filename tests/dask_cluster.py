@@ -93,7 +93,7 @@ class DaskCluster:
             process.wait()
 
 
-def wait_for(condition: Callable[[], T], seconds: float = 60.0) -> T:
+def wait_for(condition: Callable[[], T], seconds: float = 120.0) -> T:
     """What a condition gives, as soon as it is true."""
     end = time.monotonic() + seconds
     while not (value := condition()):

@@ -101,12 +101,12 @@ def doctor_after_its_first_line():
 def test_ctrl_c_ends_a_command_without_a_traceback():
     process = doctor_after_its_first_line()
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (130, "")
 
 
 def test_a_closed_pipe_ends_a_command_without_a_traceback():
     process = doctor_after_its_first_line()
     process.stdout.close()
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=120) == 141
     assert process.stderr.read() == ""

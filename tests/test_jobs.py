@@ -22,7 +22,7 @@ from workbench.runs.jobs import Job, run_job
 from workbench.runs.store import JOB_FOLDER
 
 SLEEP = "import pathlib, time\npathlib.Path(run_dir, 'begun').touch()\ntime.sleep(300)"
-SECONDS = 60  # limit for what takes some
+SECONDS = 120  # limit for what takes some
 
 
 def wait_for(condition, what: str) -> None:

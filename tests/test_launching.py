@@ -36,7 +36,7 @@ def supervise(name: str, folder: str) -> None:
     """What a supervisor's process of its own does."""
     from pathlib import Path
 
-    run_ranks(job(name, folder), 2, Path(folder) / "logs", Limits(90, 60))
+    run_ranks(job(name, folder), 2, Path(folder) / "logs", Limits(180, 120))
 
 
 def own_processes(folder) -> list[psutil.Process]:
@@ -62,7 +62,7 @@ def nothing_left(folder):
     assert left == []
 
 
-def wait_for(*paths, seconds=60) -> None:
+def wait_for(*paths, seconds=120) -> None:
     """Until the files are there, with something in them."""
     until = time.time() + seconds
     while not all(path.exists() and path.stat().st_size for path in paths):
@@ -82,7 +82,7 @@ def start_supervisor(name, folder) -> subprocess.Popen:
 def test_a_killed_rank_is_named_and_the_other_ended(tmp_path):
     threading.Thread(target=_kill_when_going, args=(tmp_path,), daemon=True).start()
     with nothing_left(tmp_path), pytest.raises(RankError) as caught:
-        run_ranks(job("forever", tmp_path), 2, tmp_path / "logs", Limits(90, 60))
+        run_ranks(job("forever", tmp_path), 2, tmp_path / "logs", Limits(180, 120))
     assert "rank 1 was killed by SIGKILL" in str(caught.value)
     assert caught.value.status == 128 + signal.SIGKILL
     assert len(read_rows(tmp_path / "run", "metrics.jsonl")) >= 3
@@ -96,7 +96,7 @@ def _kill_when_going(folder) -> None:
 @pytest.mark.long
 def test_a_failing_rank_is_named_with_its_last_words(tmp_path):
     with nothing_left(tmp_path), pytest.raises(RankError) as caught:
-        run_ranks(job("broken", tmp_path), 2, tmp_path / "logs", Limits(90, 60))
+        run_ranks(job("broken", tmp_path), 2, tmp_path / "logs", Limits(180, 120))
     assert "rank 1 ended with status 1" in str(caught.value)
     assert "RuntimeError: planted" in str(caught.value)
     assert caught.value.status == 1
@@ -164,7 +164,7 @@ def test_no_rank_outlives_its_supervisor(number, tmp_path):
         supervisor = start_supervisor("forever", tmp_path)
         wait_for(tmp_path / "going-0", tmp_path / "going-1")
         supervisor.send_signal(number)
-        said = supervisor.communicate(timeout=60)[1]
+        said = supervisor.communicate(timeout=120)[1]
     if number == signal.SIGINT:  # rank 0 finished its step and wrote a checkpoint, then all left
         assert "KeyboardInterrupt" in said
         steps = len(read_rows(tmp_path / "run", "metrics.jsonl"))

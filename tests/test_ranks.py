@@ -22,7 +22,7 @@ from workbench.tuning.scaling import measure_all_reduce, predict_scaling
 from workbench.tuning.update import step_seed
 
 CLOSE = 1e-5  # of loss, gradient norm and weights, relative to one process
-LIMITS = Limits(start_timeout=90, silence=60)
+LIMITS = Limits(start_timeout=180, silence=120)
 
 
 def ring(job: str, folder, size: int = 2) -> list[dict]:
