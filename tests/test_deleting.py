@@ -101,6 +101,7 @@ def test_a_notebook_of_a_sweep_that_runs_is_refused(tmp_path):
     delete_run(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_a_kill_leaves_no_half_run_and_the_next_call_clears_up(tmp_path):
     toy_run(tmp_path / "a"), toy_run(tmp_path / "b")
     killed = run(KILLED.format(folder=str(tmp_path / "a")))

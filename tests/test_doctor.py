@@ -79,6 +79,7 @@ def test_what_works_here_is_said_and_nothing_fails():
     assert re.search(rf"\n{len(CHECKS)} checks in \d+ s: .*{OK}", out)
 
 
+@pytest.mark.long
 def test_what_is_broken_is_said_and_the_exit_status_is_1(tmp_path):
     (tmp_path / "file").touch()
     specs = kernel_spec(tmp_path / "jupyter", "python3", ["false"])

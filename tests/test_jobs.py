@@ -111,6 +111,7 @@ def test_the_kernel_dies_with_the_process_that_executes(tmp_path):
     assert processes_of(job.folder) == []
 
 
+@pytest.mark.long
 def test_all_die_with_their_watcher_and_the_next_attempt_waits_for_that(tmp_path):
     job = sleeping_job(tmp_path)
     watch = functools.partial(watched, job)

@@ -102,6 +102,7 @@ def test_a_failing_rank_is_named_with_its_last_words(tmp_path):
     assert caught.value.status == 1
 
 
+@pytest.mark.long
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     with nothing_left(tmp_path), pytest.raises(RankError, match="rank 1 did not come to"):
         run_ranks(job("absent", tmp_path), 2, tmp_path / "logs", Limits(start_timeout=8))
@@ -116,6 +117,7 @@ def test_a_rank_that_is_silent_is_named(tmp_path):
         run_ranks(job("silent", tmp_path), 2, tmp_path / "logs", Limits(90, silence=1))
 
 
+@pytest.mark.long
 def test_a_stranger_at_the_port_does_not_hang_the_start(tmp_path):
     """One connection to a rank's port takes its neighbour's place: the ring cannot be formed."""
     port = _free_port()

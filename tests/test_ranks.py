@@ -55,7 +55,7 @@ def two(rows_folder):
     return ring("all", rows_folder)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_ranks_train_as_one_process_does(size, rows_folder, alone, request):
     if size == 2:
         found = [rank["equal_job"] for rank in request.getfixturevalue("two")]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.process import run
 from tests.toy import write_jsonl
 from tests.toy_runs import row_of, rows, toy_run
 from workbench.runs import table as runs_table
@@ -108,3 +111,37 @@ def test_many_names_are_bounded(tmp_path, monkeypatch):
     table = runs(tmp_path)
     assert table.shared.tolist() == [0, 1, 2, 3, 4]
     assert sum(name.startswith("own") for name in table) == 5
+
+
+READ_ONLY = """
+    import os, warnings
+    warnings.simplefilter("error")
+    from workbench.runs import records
+    from workbench.runs.table import runs
+    if os.getuid() == 0:
+        os.setgroups([]), os.setgid(65534), os.setuid(65534)
+    table = runs({root!r})
+    assert table.steps.tolist() == [1, 2, 3, 4], table
+    assert table.problem.tolist() == [""] * 4, table.problem.tolist()
+    read = []
+    own = records.read_on
+    records.read_on = lambda path, digest: read.append(path) or own(path, digest)
+    runs({root!r})
+    print(len(read))
+"""
+
+
+@pytest.mark.fault("index of the runs")
+def test_on_a_disk_to_read_from_the_old_index_still_helps():
+    with tempfile.TemporaryDirectory() as place:  # pytest keeps others out of its own folders
+        os.chmod(place, 0o755)
+        root = Path(place) / "runs"
+        folders = [toy_run(root / name, number) for number, name in enumerate("abc", 1)]
+        runs(root)
+        folders += [toy_run(root / "d", 4), root]
+        for folder in folders:
+            os.chmod(folder, 0o555)
+        finished = run(READ_ONLY.format(root=str(root)))
+        for folder in folders:
+            os.chmod(folder, 0o755)
+    assert (finished.code, finished.out) == (0, "1"), finished.err  # of four

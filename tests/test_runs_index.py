@@ -215,39 +215,6 @@ def test_a_locked_index_is_waited_for_and_done_without(root, kept, monkeypatch):
     assert len(runs(root, refresh=False)) == 4
 
 
-READ_ONLY = """
-    import os, warnings
-    warnings.simplefilter("error")
-    from workbench.runs import records
-    from workbench.runs.table import runs
-    if os.getuid() == 0:
-        os.setgroups([]), os.setgid(65534), os.setuid(65534)
-    table = runs({root!r})
-    assert table.steps.tolist() == [1, 2, 3, 4], table
-    assert table.problem.tolist() == [""] * 4, table.problem.tolist()
-    read = []
-    own = records.read_on
-    records.read_on = lambda path, digest: read.append(path) or own(path, digest)
-    runs({root!r})
-    print(len(read))
-"""
-
-
-@pytest.mark.fault("index of the runs")
-def test_on_a_disk_to_read_from_the_old_index_still_helps(root):
-    toy_run(root / "d", 4)
-    folders = [root, *(root / name for name in [*NAMES, "d"])]
-    above = [path for path in root.parents if path.owner() == root.owner() and path.name]
-    for folder in [*above[:3], *folders]:
-        os.chmod(folder, 0o555 if folder in folders else 0o755)
-    try:
-        finished = run(READ_ONLY.format(root=str(root)))
-    finally:
-        for folder in [*above[:3], *folders]:
-            os.chmod(folder, 0o700)
-    assert (finished.code, finished.out) == (0, "1"), finished.err  # of four
-
-
 def test_no_file_is_left_beside_the_index(root):
     assert sorted(p.name for p in root.iterdir() if p.is_file()) == [INDEX_NAME]
 

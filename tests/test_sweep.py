@@ -197,6 +197,7 @@ def test_runs_of_another_version_of_the_notebook_are_not_mixed_in_silence(notebo
 
 def test_leaving_the_loop_ends_what_runs_and_the_sweep_can_go_on(notebook, tmp_path):
     root, quick = tmp_path / "out", Quick(at_once=2)
+    quick.answer = lambda _: JobResult("cancelled" if quick.cancelled.wait(60) else "finished")
     sweep = Sweep(notebook, {"a": [1, 2, 3]}, root, executor=quick, memory=1)
     with contextlib.closing(iter(sweep)) as events:
         next(events)

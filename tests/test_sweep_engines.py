@@ -77,6 +77,7 @@ def test_a_trainer_killed_in_mid_run_goes_on_as_if_it_had_not_been(tmp_path, mon
     assert swept.table["loss"][0] == losses[-1]
 
 
+@pytest.mark.long
 def test_a_job_whose_file_cannot_grow_stops_the_sweep_and_it_goes_on_later(tmp_path):
     cell = "print('x' * length)"
     notebook = write_notebook(tmp_path / "wide.ipynb", "length = 1", cell)
