@@ -36,6 +36,7 @@ def supervise(name: str, folder: str) -> None:
     """What a supervisor's process of its own does."""
     from pathlib import Path
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's background
     run_ranks(job(name, folder), 2, Path(folder) / "logs", Limits(180, 120))
 
 
@@ -166,7 +167,10 @@ def test_no_rank_outlives_its_supervisor(number, tmp_path):
         supervisor = start_supervisor("forever", tmp_path)
         wait_for(tmp_path / "going-0", tmp_path / "going-1")
         supervisor.send_signal(number)
-        said = supervisor.communicate(timeout=120)[1]
+        try:
+            said = supervisor.communicate(timeout=120)[1]
+        finally:
+            supervisor.kill()
     if number == signal.SIGINT:  # rank 0 finished its step and wrote a checkpoint, then all left
         assert "KeyboardInterrupt" in said
         steps = len(read_rows(tmp_path / "run", "metrics.jsonl"))
