@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BUILD = ROOT / "build" / "tests"
 CELL_SECONDS = 600  # limit for one cell
+COMPANIONS = ("batch", "suites")  # folders that notebooks read from beside themselves
 CHECKED, IGNORED = "nbval-check-output", "nbval-ignore-output"
 
 each_notebook = pytest.mark.parametrize(
@@ -91,8 +92,8 @@ def test_committed_notebook_names_no_place_of_this_machine(path):
 def run_small(path: Path) -> Path:
     small = nbformat.read(path, as_version=4).metadata["workbench"]["small_parameters"]
     copy = run_notebook(path, BUILD / path.name, small)
-    # nbval runs the copy where it lies, and it reads its suites from beside itself
-    shutil.copytree(path.parent / "suites", BUILD / "suites", dirs_exist_ok=True)
+    for name in COMPANIONS:  # nbval runs the copy where it lies
+        shutil.copytree(path.parent / name, BUILD / name, dirs_exist_ok=True)
     return copy
 
 
