@@ -55,22 +55,30 @@ def save_adapter(
     return folder
 
 
-def load_adapter(base: BaseModel, folder: str | os.PathLike) -> Adapter:
+def load_adapter(base: BaseModel, folder: str | os.PathLike, *, any_base: bool = False) -> Adapter:
     """Attach an adapter in mlx-lm's layout or PEFT's; one that is attached already is replaced.
 
     The name of the file of weights tells the layout: adapters.safetensors is mlx-lm's,
     adapter_model.safetensors PEFT's. It must hold all and only the tensors that the configuration
-    implies; otherwise nothing of the model is changed.
+    implies; otherwise nothing of the model is changed. An adapter that was saved here knows some
+    numbers of its base, and is refused on another one.
+
+    Args:
+        base: the model that the adapter was made on, in whatever precision.
+        folder: of the adapter.
+        any_base: attach it to another base of the same shape as well, with a warning.
 
     Raises:
         ConfigError: adapter_config.json does not describe a LoRA, rsLoRA or DoRA adapter for this
             model, or needs something that cannot be represented here; names it.
-        WeightsError: a tensor is missing, unexpected, misshapen or not finite.
+        WeightsError: a tensor is missing, unexpected, misshapen or not finite; or the adapter was
+            made on another base.
         FileFormatError: a file is absent or malformed; weights are pickled; or the folder holds
             both layouts.
 
     Warns:
-        AdapterWarning: the adapter names another base model, whose shapes are the same.
+        AdapterWarning: the base's numbers are others than the adapter's base had, if little; or an
+            adapter from elsewhere names another base model, whose shapes are the same.
     """
     folder = Path(folder)
     layouts = [name for name in LAYOUTS if _holds(folder, name)]
@@ -86,7 +94,7 @@ def load_adapter(base: BaseModel, folder: str | os.PathLike) -> Adapter:
             where=folder / PICKLED,
             cure="Save the adapter as adapter_model.safetensors.",
         )
-    return LAYOUTS[layouts[0] if layouts else "mlx-lm"].load(base, folder)
+    return LAYOUTS[layouts[0] if layouts else "mlx-lm"].load(base, folder, any_base)
 
 
 def _check_place(base: BaseModel, folder: Path, layout: str) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from workbench.errors import AdapterWarning, ConfigError, FileFormatError, WeightsError
+from workbench.errors import ConfigError, FileFormatError, WeightsError
 from workbench.models.files import write_json, write_safetensors
-from workbench.models.loading import BaseModel
 from workbench.models.report import compare
 from workbench.models.structure import find_layers, module_at
 from workbench.numerics import not_finite
@@ -52,6 +50,11 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
         if isinstance(module, LoRALinear)
         for name in module.parts
     }
+
+
+def modules_of(weights: Iterable[str]) -> set[str]:
+    """Paths of the adapted layers that arrays of these names belong to."""
+    return {name.rpartition(".")[0] for name in weights}
 
 
 def describe(model: nn.Module) -> Attached:
@@ -123,24 +126,6 @@ def attach(model: nn.Module, config: LoRAConfig, weights: Mapping[str, mx.array]
     model.load_weights(list(weights.items()), strict=False)
     mx.eval(model.trainable_parameters())
     return adapter
-
-
-def warn_of_another_base(base: BaseModel, named: object, where: object) -> None:
-    """Warn if an adapter says that it was made for a model of another name; shapes fit."""
-    if not isinstance(named, str) or not named:
-        return
-    ours = (base.name, str(base.path), base.raw_config.get("_name_or_path"))
-    if _last_part(named) not in {_last_part(name) for name in ours if isinstance(name, str)}:
-        warnings.warn(
-            f"{where}: was made for {named[:200]!r}; this is {base.name!r}. Every shape fits; "
-            "whether the numbers do, only that model can tell.",
-            AdapterWarning,
-            stacklevel=2,
-        )
-
-
-def _last_part(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
 
 
 def write_pair(

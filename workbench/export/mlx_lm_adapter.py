@@ -13,13 +13,15 @@ from workbench.export.attached import (
     adapter_weights,
     attach,
     expected_arrays,
+    modules_of,
     naming,
     require_fit,
-    warn_of_another_base,
     write_pair,
 )
+from workbench.export.base_sketch import require_base, sketch
 from workbench.models.files import read_json, read_safetensors
 from workbench.models.loading import BaseModel
+from workbench.models.safetensors_header import read_metadata
 from workbench.tuning.lora import ALL_LINEAR, Adapter, LoRAConfig
 
 WEIGHTS_NAME = "adapters.safetensors"
@@ -38,15 +40,17 @@ def write(base: BaseModel, attached: Attached, folder: Path) -> None:
             "keys": list(attached.names),
         },
     }
-    write_pair(folder, config, WEIGHTS_NAME, adapter_weights(base.model))
+    weights = adapter_weights(base.model)
+    write_pair(folder, config, WEIGHTS_NAME, weights, sketch(base.model, modules_of(weights)))
 
 
-def load(base: BaseModel, folder: Path) -> Adapter:
+def load(base: BaseModel, folder: Path, any_base: bool = False) -> Adapter:
     """Attach a LoRA or DoRA adapter that mlx-lm, or `write`, made.
 
     Raises:
         ConfigError: adapter_config.json does not describe one for this model.
-        WeightsError: a tensor is missing, unexpected, misshapen or not finite.
+        WeightsError: a tensor is missing, unexpected, misshapen or not finite, or the adapter was
+            made on another base.
         FileFormatError: a file is absent or malformed.
     """
     path = folder / CONFIG_NAME
@@ -54,9 +58,11 @@ def load(base: BaseModel, folder: Path) -> Adapter:
         content = read_json(path)
         config = _read_config(content)
         expected = expected_arrays(base.model, config)
-    weights = read_safetensors(folder / WEIGHTS_NAME)
-    require_fit(expected, weights, folder / WEIGHTS_NAME)
-    warn_of_another_base(base, content.get("model"), path)
+    file = folder / WEIGHTS_NAME
+    weights = read_safetensors(file)
+    require_fit(expected, weights, file)
+    about = read_metadata(file)
+    require_base(base, modules_of(expected), about, content.get("model"), file, any_base)
     return attach(base.model, config, weights)
 
 

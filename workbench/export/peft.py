@@ -21,16 +21,17 @@ from workbench.export.attached import (
     adapter_weights,
     attach,
     expected_arrays,
+    modules_of,
     naming,
     require_fit,
-    warn_of_another_base,
     write_pair,
 )
+from workbench.export.base_sketch import require_base, sketch
 from workbench.export.peft_config import check_config, is_pattern, read_config
 from workbench.models.files import read_json, read_safetensors, weight_files
 from workbench.models.llama import Llama
 from workbench.models.loading import BaseModel
-from workbench.models.safetensors_header import read_header
+from workbench.models.safetensors_header import read_header, read_metadata
 from workbench.models.structure import find_layers
 from workbench.tuning.lora import Adapter
 from workbench.tuning.lora_layers import LoRALinear, linear_dims
@@ -48,9 +49,11 @@ def write(base: BaseModel, attached: Attached, folder: Path) -> None:
         FileFormatError: the folder cannot be written.
     """
     _require_their_names(base)
-    weights = {_their_name(n): _transposed(w) for n, w in adapter_weights(base.model).items()}
+    ours = adapter_weights(base.model)
+    weights = {_their_name(name): _transposed(array) for name, array in ours.items()}
     # Its own default of "pt" is what PEFT and transformers look for.
-    write_pair(folder, _config(base, attached), WEIGHTS_NAME, weights, {"format": "pt"})
+    about = {"format": "pt", **sketch(base.model, modules_of(ours))}
+    write_pair(folder, _config(base, attached), WEIGHTS_NAME, weights, about)
 
 
 def _config(base: BaseModel, attached: Attached) -> dict[str, object]:
@@ -121,27 +124,30 @@ def _require_their_names(base: BaseModel) -> None:
                 )
 
 
-def load(base: BaseModel, folder: Path) -> Adapter:
+def load(base: BaseModel, folder: Path, any_base: bool = False) -> Adapter:
     """Attach a LoRA, rsLoRA or DoRA adapter that PEFT, or `write`, made.
 
     Raises:
         ConfigError: adapter_config.json needs something that cannot be represented here.
-        WeightsError: a tensor is missing, unexpected, misshapen or not finite.
+        WeightsError: a tensor is missing, unexpected, misshapen or not finite, or the adapter was
+            made on another base.
         FileFormatError: a file is absent or malformed.
 
     Warns:
-        AdapterWarning: target_modules is a regular expression, or names another base model.
+        AdapterWarning: target_modules is a regular expression; or see `require_base`.
     """
-    path = folder / CONFIG_NAME
+    path, file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     with naming(path):
         content = read_json(path)
         check_config(content)
-        weights = read_safetensors(folder / WEIGHTS_NAME)
+        weights = read_safetensors(file)
         config = read_config(content, base.model, _named_modules(weights))
         expected = expected_arrays(base.model, config)
     theirs = {_their_name(name): _transposed(array) for name, array in expected.items()}
-    require_fit(theirs, weights, folder / WEIGHTS_NAME)
-    _warn(base, content, path)
+    require_fit(theirs, weights, file)
+    named, about = content.get("base_model_name_or_path"), read_metadata(file)
+    require_base(base, modules_of(expected), about, named, file, any_base)
+    _warn_of_a_pattern(content, path)
     found = {name: _transposed(weights[_their_name(name)]) for name in expected}
     # PEFT, too, computes an adapter of 16-bit numbers in float32.
     return attach(base.model, config, {n: w.astype(mx.float32) for n, w in found.items()})
@@ -158,7 +164,7 @@ def _named_modules(weights: Iterable[str]) -> set[str]:
     }
 
 
-def _warn(base: BaseModel, content: Mapping[str, object], path: Path) -> None:
+def _warn_of_a_pattern(content: Mapping[str, object], path: Path) -> None:
     if is_pattern(content.get("target_modules")):
         warnings.warn(
             f"{path}: target_modules is a regular expression, which is not run: adapted are the "
@@ -166,4 +172,3 @@ def _warn(base: BaseModel, content: Mapping[str, object], path: Path) -> None:
             AdapterWarning,
             stacklevel=3,
         )
-    warn_of_another_base(base, content.get("base_model_name_or_path"), path)

@@ -64,13 +64,24 @@ def read_header(path: str | Path, *, inside: str | Path | None = None) -> dict[s
     Raises:
         FileFormatError: absent, not a regular file, or against the specification.
     """
+    return _read(path, inside)[0]
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a safetensors file says of itself, by name; raises as `read_header` does."""
+    return _read(path)[1]
+
+
+def _read(
+    path: str | Path, inside: str | Path | None = None
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     path = Path(path)
     with open_regular(path, inside=inside or path.parent) as file:
         try:
             size = os.fstat(file.fileno()).st_size
             header = _header_object(file.read(8), file, size)
             data_size = size - file.tell()
-            _check_metadata(header.pop(METADATA, None))
+            metadata = _checked_metadata(header.pop(METADATA, None))
             entries = {name: _entry(name, fields) for name, fields in header.items()}
             _check_places(entries, data_size)
         except (ValueError, OSError) as error:
@@ -79,7 +90,7 @@ def read_header(path: str | Path, *, inside: str | Path | None = None) -> dict[s
                 where=path,
                 cure="Fetch it again; a git-lfs pointer or a broken download looks like this.",
             ) from None
-    return entries
+    return entries, metadata
 
 
 def _header_object(prefix: bytes, file, size: int) -> dict[str, object]:
@@ -96,11 +107,12 @@ def _header_object(prefix: bytes, file, size: int) -> dict[str, object]:
     return parse_json(content, constants=False)
 
 
-def _check_metadata(metadata: object) -> None:
+def _checked_metadata(metadata: object) -> dict[str, str]:
     if metadata is None:
-        return  # MLX writes null where there is none
+        return {}  # MLX writes null where there is none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError(f"{METADATA} must hold strings by name")
+    return metadata
 
 
 def _entry(name: str, fields: object) -> TensorEntry:

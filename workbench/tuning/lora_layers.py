@@ -127,14 +127,16 @@ def linear_dims(linear: nn.Linear | nn.QuantizedLinear) -> tuple[int, int]:
     return in_dims, out_dims
 
 
-def plain_weight(linear: nn.Linear | nn.QuantizedLinear) -> mx.array:
-    """(out, in): the weight as numbers, in float32 at least."""
-    weight = linear.weight
+def plain_weight(linear: nn.Linear | nn.QuantizedLinear, rows: mx.array | None = None) -> mx.array:
+    """(out, in): the weight as numbers, in float32 at least; all of its rows, or some."""
+    weight, *others = (
+        array if rows is None or array is None else array[rows]
+        for array in (linear.weight, linear.get("scales"), linear.get("biases"))
+    )
     if isinstance(linear, nn.QuantizedLinear):
         weight = mx.dequantize(
             weight,
-            linear.scales,
-            linear.get("biases"),
+            *others,
             group_size=linear.group_size,
             bits=linear.bits,
             mode=linear.mode,
