@@ -3,6 +3,7 @@
 `python -m tests.peft_jobs jobs.json`, with a list of jobs: `base`, a model folder; `adapter`, a
 folder; `prompts`, lists of token ids; `logits`, the .npz to write. With `make`, the settings of a
 LoraConfig, the adapter is made, moved and saved; else it is read. No `adapter`: the base alone.
+`dtype` is what all is computed in; an adapter's numbers come from, or go into, float32.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ def moved(model: torch.nn.Module, job: dict) -> torch.nn.Module:
 
 def run(job: dict) -> None:
     """One job."""
-    model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
+    dtype = getattr(torch, job["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=dtype)
     if "make" in job:
         model = moved(model, job)
     elif "adapter" in job:
         model = PeftModel.from_pretrained(model, job["adapter"])
-    model.eval()
+    model.to(dtype).eval()
     with torch.no_grad():
         logits = [model(torch.tensor([ids])).logits[0].numpy() for ids in job["prompts"]]
     np.savez(job["logits"], *logits)

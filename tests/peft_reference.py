@@ -14,7 +14,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 import workbench as wb
 from tests.process import ROOT
@@ -51,9 +51,20 @@ def move(base: BaseModel, noise: float) -> None:
     base.model.update(tree_map_with_path(moved, base.model.trainable_parameters()))
 
 
+def widen(base: BaseModel) -> None:
+    """Compute in float64 from here on; slow, and nearly without rounding."""
+    base.model.update(tree_map(lambda array: array.astype(mx.float64), base.model.parameters()))
+
+
 def logits_of(base: BaseModel, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Our logits (T, V) of each prompt."""
     return [np.array(base.model(mx.array([ids]))[0]) for ids in prompts]
+
+
+def dtype_of(base: BaseModel) -> str:
+    """What the base computes in, in the words of torch and numpy."""
+    ((_, array), *_) = tree_flatten(base.model.parameters())
+    return str(array.dtype).rpartition(".")[2]
 
 
 class Gap(NamedTuple):
@@ -86,12 +97,12 @@ def both_ways(
     """Differences of logits by kind and direction.
 
     Args:
-        base: our model of `folder`, without an adapter.
+        base: our model of `folder`, without an adapter; PEFT computes in its dtype.
         prompts: token ids; work: an empty folder; kinds: settings that differ by name.
         noise: how far the adapters are moved.
         shape: PEFT's settings that all kinds share: r, lora_alpha, target_modules.
     """
-    common = {"base": str(folder), "prompts": prompts, "noise": noise}
+    common = {"base": str(folder), "prompts": prompts, "noise": noise, "dtype": dtype_of(base)}
     jobs, asked = [{**common, "logits": str(work / "base.npz")}], {}
     for kind, settings in kinds.items():
         ours, theirs = work / f"ours-{kind}", work / f"theirs-{kind}"

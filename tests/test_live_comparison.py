@@ -57,7 +57,7 @@ def drawn(monkeypatch):
 
     def look(figure):
         axes = figure.axes[0]
-        found["title"] = figure.get_suptitle()
+        found["title"] = figure.get_suptitle().replace("\n", " ")
         found["lines"] = {line.get_label(): line.get_xydata() for line in axes.lines}
         found["texts"] = {text.get_text(): text.get_position() for text in axes.texts}
         found["axes"] = (axes.get_xlabel(), axes.get_ylabel())

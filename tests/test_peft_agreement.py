@@ -3,18 +3,24 @@
 import pytest
 
 import workbench as wb
-from tests.peft_reference import KINDS, both_ways, difference, needs_peft, run_jobs
+from tests.peft_reference import KINDS, Gap, both_ways, difference, needs_peft, run_jobs, widen
 from tests.toy import save_toy_folder
 from workbench.models.files import read_json
 
 pytestmark = needs_peft
 TOY_PROMPTS = [[5, 80, 200, 17], [9, 9, 1, 44, 258, 2, 100, 7, 7, 31, 12]]
 # SmolLM2 makes a thousandfold of a rounding error: with or without an adapter, PEFT in float32 is
-# up to 7e-5 from PEFT in float64, and so are we. Two such computations differ by the sum.
-SMOLLM2_TOLERANCE, SMOLLM2_RMS = 1.5e-4, 3e-5
+# up to 7e-5 from PEFT in float64, and so are we. Two such computations differ by the sum; in
+# float64, where rounding is out of the way, they differ by what float32 is kept of: an adapter's
+# lengths (DoRA) and RoPE's angles.
+SMOLLM2_GAPS = {  # largest, root mean square
+    "float32": Gap(1.5e-4, 3e-5),
+    "float64": Gap(1e-5, 2e-6),
+}
 QUESTIONS = ["What is the capital of Peru?", "One, two, three,"]
 CHAT = "<|im_start|>user\n{}<|im_end|>\n"
 TOLERANCE = 1e-4
+COMMON = {"prompts": TOY_PROMPTS, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,7 @@ def test_whatever_peft_saves_of_lora_loads_here(toy_folder, tmp_path):
     for number, shape in enumerate(OTHER_SHAPES):
         make = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **shape}
         place = str(tmp_path / str(number))
-        common = {"base": str(toy_folder), "prompts": TOY_PROMPTS, "noise": 0.2}
+        common = {**COMMON, "base": str(toy_folder), "noise": 0.2}
         jobs.append({**common, "make": make, "adapter": place, "logits": f"{place}.npz"})
     run_jobs(jobs, tmp_path)
     for number, shape in enumerate(OTHER_SHAPES):
@@ -78,7 +84,7 @@ def test_our_last_layers_are_the_ones_that_peft_adapts(toy_folder, tmp_path):
                 module.lora_b = module.lora_b + 0.3
         place = str(tmp_path / f"{len(jobs)}")
         wb.save_adapter(base, place, format="peft")
-        common = {"base": str(toy_folder), "prompts": TOY_PROMPTS}
+        common = {**COMMON, "base": str(toy_folder)}
         jobs.append({**common, "adapter": place, "logits": f"{place}.npz"})
         asked[place] = base
     run_jobs(jobs, tmp_path)
@@ -88,18 +94,20 @@ def test_our_last_layers_are_the_ones_that_peft_adapts(toy_folder, tmp_path):
 
 
 @pytest.mark.long
-def test_smollm2_agrees_both_ways(smollm2, tmp_path, record_property):
+@pytest.mark.parametrize("dtype", SMOLLM2_GAPS)
+def test_smollm2_agrees_both_ways(smollm2, tmp_path, record_property, dtype):
     fused = wb.fuse(smollm2, tmp_path / "base")
     base = wb.load_model(fused)
+    if dtype == "float64":
+        widen(base)
     prompts = [base.tokenizer.encode(CHAT.format(text)) for text in QUESTIONS]
     assert all(4 <= len(ids) <= 19 for ids in prompts)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     shape = {"r": 8, "lora_alpha": 16, "target_modules": names}
     kinds = {kind: KINDS[kind] for kind in ("LoRA", "rsLoRA", "DoRA")}
     found = both_ways(base, fused.path, prompts, tmp_path, kinds, 0.005, shape)
-    found["no adapter", "fused → transformers"] = difference(
-        smollm2, prompts, tmp_path / "base.npz"
-    )
-    show(found, "SmolLM2", record_property)
-    assert max(gap.largest for gap in found.values()) <= SMOLLM2_TOLERANCE
-    assert max(gap.rms for gap in found.values()) <= SMOLLM2_RMS
+    wb.remove_lora(base.model)
+    found["no adapter", "fused → transformers"] = difference(base, prompts, tmp_path / "base.npz")
+    show(found, f"SmolLM2, {dtype}", record_property)
+    assert max(gap.largest for gap in found.values()) <= SMOLLM2_GAPS[dtype].largest
+    assert max(gap.rms for gap in found.values()) <= SMOLLM2_GAPS[dtype].rms

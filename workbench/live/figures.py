@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -30,9 +31,13 @@ def png(figure: Figure) -> bytes:
 
 
 def headline(figure: Figure, text: str, left: float = 0.01) -> None:
-    """The finding, above the whole figure."""
+    """The finding, above the whole figure, in as many lines as it needs."""
     title = figure.suptitle(text, x=left, ha="left", color=INK, fontsize=13, fontweight="bold")
     title.set_parse_math(False)  # a dollar sign would begin a formula
+    room = (1 - 2 * left) * figure.bbox.width
+    width = title.get_window_extent().width
+    if width > room:
+        title.set_text(textwrap.fill(text, int(len(text) * room / width)))
 
 
 def label(axes: Axes, x: float, y: float, text: str, **style: object) -> None:
