@@ -28,8 +28,19 @@ def moved(model: torch.nn.Module, job: dict) -> torch.nn.Module:
                 # Lengths stay positive and near the base's, as they do in training.
                 noise = job["noise"] * torch.randn_like(array)
                 array.mul_(1 + noise) if "magnitude" in name else array.add_(noise)
+                array.data = array.float()  # as files keep it
     model.save_pretrained(job["adapter"])
     return model
+
+
+def without_float32(model: torch.nn.Module) -> None:
+    """transformers' norms compute in float32 whatever the model's dtype; torch's own do not."""
+    for module in list(model.modules()):
+        for name, norm in module.named_children():
+            if type(norm).__name__.endswith("RMSNorm"):
+                plain = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
+                plain.weight = norm.weight
+                setattr(module, name, plain)
 
 
 def run(job: dict) -> None:
@@ -40,6 +51,8 @@ def run(job: dict) -> None:
         model = moved(model, job)
     elif "adapter" in job:
         model = PeftModel.from_pretrained(model, job["adapter"])
+    if dtype == torch.float64:
+        without_float32(model)
     model.to(dtype).eval()
     with torch.no_grad():
         logits = [model(torch.tensor([ids])).logits[0].numpy() for ids in job["prompts"]]

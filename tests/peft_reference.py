@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 import workbench as wb
 from tests.process import ROOT
@@ -46,13 +47,26 @@ def move(base: BaseModel, noise: float) -> None:
 
     def moved(path, array):
         random = noise * mx.random.normal(array.shape, key=mx.random.key(sum(path.encode())))
-        return array * (1 + random) if path.endswith(".m") else array + random
+        array = array * (1 + random) if path.endswith(".m") else array + random
+        return array.astype(mx.float32)  # what files keep of it, whatever the base computes in
 
     base.model.update(tree_map_with_path(moved, base.model.trainable_parameters()))
 
 
+class PlainNorm(nn.RMSNorm):
+    """MLX's own computes in float32 whatever it is given."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x * mx.rsqrt(x.square().mean(axis=-1, keepdims=True) + self.eps) * self.weight
+
+
 def widen(base: BaseModel) -> None:
-    """Compute in float64 from here on; slow, and nearly without rounding."""
+    """Compute in float64 from here on: slow, and nearly without rounding."""
+    norms = [(path, m) for path, m in base.model.named_modules() if isinstance(m, nn.RMSNorm)]
+    plain = [(path, PlainNorm(len(norm.weight), norm.eps)) for path, norm in norms]
+    base.model.update_modules(tree_unflatten(plain))
+    for (_, norm), (_, new) in zip(norms, plain):
+        new.weight = norm.weight
     base.model.update(tree_map(lambda array: array.astype(mx.float64), base.model.parameters()))
 
 

@@ -10,11 +10,10 @@ from workbench.models.files import read_json
 pytestmark = needs_peft
 TOY_PROMPTS = [[5, 80, 200, 17], [9, 9, 1, 44, 258, 2, 100, 7, 7, 31, 12]]
 # SmolLM2 makes a thousandfold of a rounding error: with or without an adapter, PEFT in float32 is
-# up to 7e-5 from PEFT in float64, and so are we. Two such computations differ by the sum; in
-# float64, where rounding is out of the way, they differ by what float32 is kept of: an adapter's
-# lengths (DoRA) and RoPE's angles.
+# up to 7e-5 from PEFT in float64, and so are we. Two such computations differ by the sum, more or
+# less with the BLAS. In float64 that is out of the way: what is left is how RoPE's angles are made.
 SMOLLM2_GAPS = {  # largest, root mean square
-    "float32": Gap(1.5e-4, 3e-5),
+    "float32": Gap(2e-4, 5e-5),
     "float64": Gap(1e-5, 2e-6),
 }
 QUESTIONS = ["What is the capital of Peru?", "One, two, three,"]

@@ -97,7 +97,7 @@ class DoRALinear(LoRALinear):
         made_of = (*map(weakref.ref, arrays), self.scale)
         if not self.training and _are_same(self._whole[0], made_of):
             return self._whole[1]
-        a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
+        a, b = _wide(self.lora_a), _wide(self.lora_b)
         along = (_without_bias(self.linear, a.T) * b).sum(axis=0)  # w·u / scale
         square = (b * ((a.T @ a) @ b)).sum(axis=0)  # u² / scale²
         squares = self._base_squares() + 2 * self.scale * along + self.scale**2 * square
@@ -141,7 +141,12 @@ def plain_weight(linear: nn.Linear | nn.QuantizedLinear, rows: mx.array | None =
             bits=linear.bits,
             mode=linear.mode,
         )
-    return weight.astype(mx.float32)
+    return _wide(weight)
+
+
+def _wide(array: mx.array) -> mx.array:
+    """In float32 at least."""
+    return array.astype(mx.float32) if array.dtype.size < mx.float32.size else array
 
 
 def _without_bias(linear: nn.Linear | nn.QuantizedLinear, x: mx.array) -> mx.array:
