@@ -217,10 +217,10 @@ def test_peak_memory_is_lower_and_hardly_grows_with_the_positions(gradients):
     model.freeze()
     model.layers[0].unfreeze()
     whole = 128 * WIDE["vocab_size"] * 4  # bytes of one chunk's logits
-    fused, plain = (peak(model, form, 24, gradients) for form in (fused_loss, supervised_loss))
-    assert plain > 24 * whole
+    fused, plain = (peak(model, form, 16, gradients) for form in (fused_loss, supervised_loss))
+    assert plain > 16 * whole
     assert fused < 0.5 * plain
-    assert fused - peak(model, fused_loss, 8, gradients) < 2 * whole  # 16 chunks do not run ahead
+    assert fused - peak(model, fused_loss, 8, gradients) < 2 * whole  # 8 chunks do not run ahead
 
 
 @pytest.mark.parametrize("training", [True, False])
