@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 import workbench as wb
 from tests.process import run
 from tests.toy import save_toy_folder, toy_base
-from tests.toy_adapters import CONFIG, TOKENS, adapted, contents
+from tests.toy_adapters import CONFIG, TOKENS, adapted, contents, randomise
 from tests.toy_folders import equal_bits, reconfigure, weights_of
 from workbench.errors import ConfigError, RunError, WeightsError
 from workbench.export.adapters import save_adapter
@@ -197,6 +197,52 @@ def test_weights_that_are_quantised_in_memory_are_written_plain(tmp_path):
     fuse(base, tmp_path / "fused")
     back = wb.load_model(tmp_path / "fused")
     assert difference(back, base) < 1e-4 * mx.abs(base.model(TOKENS)).max().item()
+
+
+MODES = {"affine": (4, 32), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
+def adapted_in(mode, dtype=mx.float32):
+    """A toy whose base is quantised in this mode, with an adapter that has moved."""
+    base = toy_base()
+    base.model.update(tree_map(lambda a: a.astype(dtype), base.model.parameters()))
+    bits, group_size = MODES[mode]
+    nn.quantize(base.model, group_size=group_size, bits=bits, mode=mode)
+    wb.add_lora(base.model, CONFIG)
+    base.model.eval()
+    randomise(base.model)
+    return base
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_base_quantised_in_any_mode_fuses_to_the_adapted_logits(tmp_path, mode):
+    base = adapted_in(mode)
+    logits = base.model(TOKENS)
+    with wb.adapter_disabled(base.model):
+        assert mx.abs(logits - base.model(TOKENS)).max() > 0.1
+    fuse(base, tmp_path / "fused")
+    assert difference(wb.load_model(tmp_path / "fused"), base) <= 1e-5 * mx.abs(logits).max().item()
+    fused = fuse(base, tmp_path / "fused", quantise={"bits": 8, "group_size": 32})
+    assert fused.drift.rounding < 0.1 * fused.drift.adapter
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fused_weight_is_rounded_once_to_the_networks_dtype(tmp_path, mode):
+    base = adapted_in(mode, mx.bfloat16)
+    fuse(base, tmp_path / "fused")
+    weights = read_weights(tmp_path / "fused")
+    assert {array.dtype for array in weights.values()} == {mx.bfloat16}
+    exact = base.model.layers[1].mlp.up_proj.fused_weight()
+    written = weights["model.layers.1.mlp.up_proj.weight"]
+    assert (mx.abs(written - exact) <= 2**-8 * mx.abs(exact)).all()
+
+
+def test_a_weight_that_is_no_floating_number_is_refused(tmp_path):
+    base = adapted()
+    base.model.layers[0].mlp.up_proj.linear.weight = mx.ones((64, 32), mx.uint8)
+    with pytest.raises(WeightsError, match=r"layers\.0\.mlp\.up_proj\.weight holds .*uint8"):
+        fuse(base, tmp_path / "fused")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_numbers_beyond_the_dtype_are_named(tmp_path):

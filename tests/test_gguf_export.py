@@ -1,6 +1,7 @@
 """GGUF files that we write: read back here and by the gguf package."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from gguf import GGUFReader, TokenType
@@ -89,6 +90,23 @@ def test_the_adapter_is_in_it_up_to_rounding(tmp_path, kind, step):
         allowed = step * mx.abs(array).max(axis=-1, keepdims=True)
         assert (mx.abs(written[name] - array) <= allowed).all(), name
     assert mx.abs(written[ADAPTED] - plain[ADAPTED]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "group_size"),
+    [("affine", 4, 32), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)],
+)
+def test_a_base_quantised_in_any_mode_is_written_as_numbers(tmp_path, mode, bits, group_size):
+    base = toy()
+    nn.quantize(base.model, group_size=group_size, bits=bits, mode=mode)
+    plain = base.model(TOKENS)
+    wb.add_lora(base.model, CONFIG)
+    base.model.eval()
+    randomise(base.model)
+    expected = base.model(TOKENS)
+    back = wb.load_model(export_gguf(base, tmp_path / "toy.gguf"), dtype=mx.float32)
+    assert mx.abs(expected - plain).max() > 0.1
+    assert largest(back, base) <= 1e-2 * mx.abs(expected).max().item()
 
 
 def test_bytes_are_those_of_the_test_writer(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from workbench.errors import ConfigError, WeightsError
-from workbench.export.attached import require_finite
+from workbench.export.attached import adapter_weights, require_finite
 from workbench.models.files import INDEX_NAME, write_json, write_safetensors
 from workbench.models.loading import cast
 from workbench.models.quantisation import quantisation_settings
@@ -27,8 +28,12 @@ def fused_weights(model: nn.Module, dtype: mx.Dtype | None = None) -> Tensors:
     Args:
         model: with or without an adapter; it is not changed.
         dtype: of floating-point numbers; default as the network holds each.
+
+    Raises:
+        ConfigError: an adapter cannot be fused here.
+        WeightsError: a layer's weight would hold no floating-point numbers.
     """
-    modules = dict(model.named_modules())
+    modules, usual = dict(model.named_modules()), _usual_dtype(model)
     keep = getattr(model, "cast_predicate", lambda name: True)  # mlx-lm: what 16 bits would spoil
     weights = {}
     for name, array in tree_flatten(model.parameters()):
@@ -42,11 +47,8 @@ def fused_weights(model: nn.Module, dtype: mx.Dtype | None = None) -> Tensors:
             name = f"{outer}.{leaf}"
         if "scales" in (owner or {}) and leaf in ("scales", "biases"):
             continue
-        if leaf == "weight" and isinstance(adapted, LoRALinear):
-            held = owner.scales.dtype if "scales" in owner else array.dtype
-            array = adapted.fused_weight().astype(held)
-        elif leaf == "weight" and "scales" in (owner or {}):
-            array = _dequantised(owner)
+        if leaf == "weight" and (isinstance(adapted, LoRALinear) or "scales" in (owner or {})):
+            array = _plain(name, owner, adapted, usual)
         weights[name] = cast(array, dtype if keep(name) else None)
     left = [name for name in weights if name.endswith((".lora_a", ".lora_b"))]
     if left:
@@ -54,9 +56,29 @@ def fused_weights(model: nn.Module, dtype: mx.Dtype | None = None) -> Tensors:
     return weights
 
 
-def _dequantised(module: nn.Module) -> mx.array:
+def _plain(name: str, module: nn.Module, adapted: nn.Module | None, usual: mx.Dtype) -> mx.array:
+    """The weight of a quantised or an adapted layer as numbers, in the dtype it is held in."""
+    held = module.get("scales", module.weight).dtype
+    if "scales" in module and not mx.issubdtype(held, mx.floating):
+        held = usual  # mxfp4, mxfp8 and nvfp4 keep their scales as bytes
+    if not mx.issubdtype(held, mx.floating):
+        raise WeightsError(f"{name} holds {held}, not floating-point numbers")
+    if isinstance(adapted, LoRALinear):
+        return adapted.fused_weight().astype(held)
     settings = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-    return mx.dequantize(module.weight, module.scales, module.get("biases"), **settings)
+    array = mx.dequantize(module.weight, module.scales, module.get("biases"), **settings)
+    return array.astype(held)
+
+
+def _usual_dtype(model: nn.Module) -> mx.Dtype:
+    """Of most floating-point arrays beside the adapter's; bfloat16, as MLX has it, of none."""
+    ours = adapter_weights(model)
+    found = Counter(
+        array.dtype
+        for name, array in tree_flatten(model.parameters())
+        if name not in ours and mx.issubdtype(array.dtype, mx.floating)
+    )
+    return found.most_common(1)[0][0] if found else mx.bfloat16
 
 
 def quantised_weights(
