@@ -150,6 +150,13 @@ def test_a_refused_save_leaves_the_older_one_untouched(tmp_path, ruin):
     assert contents(tmp_path) == before
 
 
+def test_layers_with_other_settings_are_named(tmp_path):
+    base = adapted()
+    base.model.layers[1].mlp.up_proj.scale = 7.0
+    with pytest.raises(ConfigError, match=r"one rank, scale, .*3\.33.* and \(3, 7\.0.*wb\.fuse"):
+        save_adapter(base, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("layout", ["mlx-lm", "peft"])
 def test_the_base_models_own_folder_is_refused(tmp_path, layout):
     base = load_model(save_toy_folder(tmp_path / "model"))
@@ -163,7 +170,8 @@ def test_the_base_models_own_folder_is_refused(tmp_path, layout):
 def test_a_refused_save_leaves_no_new_folder(tmp_path):
     base = adapted()
     ruin_one_layer(base)
-    with pytest.raises(ConfigError, match="last N layers"):
+    what = r"layer 1 has mlp\.up_proj without an adapter\. wb\.fuse"
+    with pytest.raises(ConfigError, match=what):
         save_adapter(base, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 

@@ -129,7 +129,7 @@ REFUSED = [
 def test_what_cannot_be_represented_is_refused_by_name(folder, key, value):
     reconfigure(folder, **{key: value})
     named = {"r": "rank|r is", "lora_alpha": "alpha", "lora_dropout": "dropout"}
-    named["layers_to_transform"] = "layers_to_transform|nothing in layer 1"
+    named["layers_to_transform"] = "layers_to_transform|layer 1 has .* without an adapter"
     named["target_modules"] = r"target_modules (must name|name|\['nothing_here'\] match)"
     refused(folder, ConfigError, f"adapter_config.json: .*({named.get(key, key)})")
 

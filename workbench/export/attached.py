@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +33,12 @@ class Attached:
     dropout: float
     use_dora: bool
     names: tuple[str, ...]  # of the adapted modules inside their layer, such as self_attn.q_proj
-    first: int  # adapted layer; all after it are adapted alike
+    first: int  # adapted layer; in it and all after it, every module of these names is adapted
     total: int  # layers of the network
 
     @property
     def num_layers(self) -> int:
-        """Number of adapted layers."""
+        """Number of layers from the first adapted one on."""
         return self.total - self.first
 
 
@@ -61,27 +61,64 @@ def describe(model: nn.Module) -> Attached:
     """One description of the attached adapter.
 
     Raises:
-        ConfigError: no adapter is attached, it is switched off, or it is not of one kind on the
-            last N layers alike: neither mlx-lm's layout nor `LoRAConfig` can say that.
+        ConfigError: no adapter is attached, it is switched off, or one description cannot say
+            what it is, neither in mlx-lm's layout nor as a `LoRAConfig`.
     """
-    layers_path, total = find_layers(model)
-    adapted: dict[int, set[str]] = {}
-    settings = set()
+    adapted, settings = [], set()
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            number, _, name = path.removeprefix(f"{layers_path}.").partition(".")
-            adapted.setdefault(int(number), set()).add(name)
-            is_dora = isinstance(module, DoRALinear)
-            settings.add((module.lora_a.shape[1], module.scale, module.dropout_rate, is_dora))
+            adapted.append(path)
+            kind = "DoRA" if isinstance(module, DoRALinear) else "LoRA"
+            settings.add((module.lora_a.shape[1], module.scale, module.dropout_rate, kind))
     if not adapted:
         raise ConfigError("no adapter is attached", cure="Attach one: wb.add_lora(base.model).")
-    first = min(adapted)
-    if len(settings) != 1 or any(adapted.get(n) != adapted[first] for n in range(first, total)):
-        raise ConfigError("an adapter's file needs one kind of it on the last N layers alike")
-    rank, scale, dropout, use_dora = settings.pop()
+    cure = "wb.fuse writes the whole model, with any adapter in its weights."
+    if len(settings) > 1:
+        raise ConfigError(
+            "an adapter's file has one rank, scale, dropout and kind for all layers; here are "
+            f"{' and '.join(map(str, sorted(settings)[:2]))}",
+            cure=cure,
+        )
+    names, first, total = common_place(model, adapted, cure)
+    rank, scale, dropout, kind = settings.pop()
     if not scale:
         raise ConfigError("the adapter is switched off", cure="Leave wb.adapter_disabled first.")
-    return Attached(rank, scale, dropout, use_dora, tuple(sorted(adapted[first])), first, total)
+    return Attached(rank, scale, dropout, kind == "DoRA", names, first, total)
+
+
+def common_place(
+    model: nn.Module, adapted: Collection[str], cure: str
+) -> tuple[tuple[str, ...], int, int]:
+    """Names inside a layer, the first adapted layer and the number of layers.
+
+    Layers need not be alike: one without a module of some name is passed over. But what has such
+    a name, from the first adapted layer on, must be adapted.
+
+    Args:
+        model: with or without the adapter.
+        adapted: paths of linear layers inside the network's layers.
+        cure: of the refusal.
+
+    Raises:
+        ConfigError: a module of such a name is not adapted; names it.
+    """
+    layers_path, total = find_layers(model)
+    places = [path.removeprefix(f"{layers_path}.").partition(".") for path in adapted]
+    names = tuple(sorted({name for _, _, name in places}))
+    first = min(int(number) for number, _, _ in places)
+    alike = find_targets(model, LoRAConfig(target_modules=names, num_layers=total - first))
+    # mlx-lm would also take what is no linear layer.
+    there, layers = dict(model.named_modules()), range(first, total)
+    alike += [path for n in layers for x in names if (path := f"{layers_path}.{n}.{x}") in there]
+    left = [path for path in alike if path not in adapted]
+    if left:
+        number, _, name = left[0].removeprefix(f"{layers_path}.").partition(".")
+        raise ConfigError(
+            f"an adapter's file names its modules once for the last {total - first} layers, and "
+            f"layer {number} has {name} without an adapter",
+            cure=cure,
+        )
+    return names, first, total
 
 
 def expected_arrays(model: nn.Module, config: LoRAConfig) -> dict[str, mx.array]:

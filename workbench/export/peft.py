@@ -45,10 +45,12 @@ def write(base: BaseModel, attached: Attached, folder: Path) -> None:
     """Write the attached adapter; `peft.PeftModel.from_pretrained` reads it.
 
     Raises:
-        ConfigError: the network's layers are not named as in transformers.
+        ConfigError: the network's layers are not named as in transformers, or PEFT would adapt
+            more of them.
         FileFormatError: the folder cannot be written.
     """
-    _require_their_names(base)
+    if not isinstance(base.model, Llama):  # it is named and laid out as in its files
+        _require_their_names(base, attached)
     ours = adapter_weights(base.model)
     weights = {_their_name(name): _transposed(array) for name, array in ours.items()}
     # Its own default of "pt" is what PEFT and transformers look for.
@@ -101,27 +103,35 @@ def _transposed(array: mx.array) -> mx.array:
     return array.T if array.ndim == 2 else array
 
 
-def _require_their_names(base: BaseModel) -> None:
-    """Raise ConfigError unless the adapted layers are named and laid out as in the model's files.
+def _require_their_names(base: BaseModel, attached: Attached) -> None:
+    """Raise ConfigError unless PEFT finds the adapted layers, and no more, by the files' names.
 
-    Our Llama is; an architecture of mlx-lm may rename, split or transpose what it reads.
+    An architecture of mlx-lm may rename, split or transpose what it reads.
     """
-    if isinstance(base.model, Llama):
-        return
     shapes = {}
     if base.path.is_dir():
         for path in weight_files(base.path):
             shapes.update({name: entry.shape for name, entry in read_header(path).items()})
-    for path, module in base.model.named_modules():
-        if isinstance(module, LoRALinear):
-            in_dims, out_dims = linear_dims(module.linear)
-            found = shapes.get(f"{path}.weight")
-            packed = f"{path}.scales" in shapes and found is not None and found[0] == out_dims
-            if found != (out_dims, in_dims) and not packed:
-                raise ConfigError(
-                    f"{path} is not named or laid out so in the model's own files, which PEFT uses",
-                    cure="Save the adapter with format='mlx-lm'.",
-                )
+    adapted = {p: m for p, m in base.model.named_modules() if isinstance(m, LoRALinear)}
+    for path, module in adapted.items():
+        in_dims, out_dims = linear_dims(module.linear)
+        found = shapes.get(f"{path}.weight")
+        packed = f"{path}.scales" in shapes and found is not None and found[0] == out_dims
+        if found != (out_dims, in_dims) and not packed:
+            raise ConfigError(
+                f"{path} is not named or laid out so in the model's own files, which PEFT uses",
+                cure="Save the adapter with format='mlx-lm'.",
+            )
+    ends = tuple(f".{name}.weight" for name in _short_names(base.model, attached))
+    layers, numbers = find_layers(base.model)[0], range(attached.first, attached.total)
+    inside = tuple(f"{layers}.{number}." for number in numbers)
+    for name in shapes:
+        path = name.removesuffix(".weight")
+        if name.startswith(inside) and name.endswith(ends) and path not in adapted:
+            raise ConfigError(
+                f"PEFT would adapt {path} of the model's own files, too",
+                cure="Save the adapter with format='mlx-lm'.",
+            )
 
 
 def load(base: BaseModel, folder: Path, any_base: bool = False) -> Adapter:

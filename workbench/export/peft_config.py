@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import mlx.nn as nn
 
 from workbench.errors import ConfigError
-from workbench.export.attached import LARGEST_RANK
+from workbench.export.attached import LARGEST_RANK, common_place
 from workbench.models.structure import find_layers
 from workbench.tuning.lora import ALL_LINEAR, LoRAConfig, find_targets
 from workbench.tuning.lora_layers import LoRALinear
@@ -44,6 +43,7 @@ READ_HERE = {
 # Ways to start that leave the base model's weights as they are; pissa, olora, corda, loftq, lora_ga
 # and whatever comes next may subtract the start from them.
 PLAIN_STARTS = (True, False, None, "gaussian")
+MERGE = "In PEFT, merge_and_unload makes a plain model of any adapter."
 
 
 def check_config(config: Mapping[str, object]) -> None:
@@ -73,8 +73,7 @@ def check_config(config: Mapping[str, object]) -> None:
 def _refuse(key: str, value: object) -> None:
     raise ConfigError(
         f"{key} is {reprlib.repr(value)}, which cannot be represented here",
-        cure="Read are LoRA, rsLoRA and DoRA of one rank on linear layers; in PEFT, "
-        "merge_and_unload makes a plain model of any adapter.",
+        cure=f"Read are LoRA, rsLoRA and DoRA of one rank on linear layers. {MERGE}",
     )
 
 
@@ -96,7 +95,7 @@ def read_config(
 
     Raises:
         ConfigError: a number is out of range, a module is no linear layer of this network, or the
-            modules are not alike on the last N layers.
+            last N layers have another module of the same name.
     """
     rank = config.get("r")
     if isinstance(rank, int) and rank > LARGEST_RANK:
@@ -166,7 +165,6 @@ def _as_config(
     model: nn.Module, chosen: Collection[str], settings: Mapping[str, object]
 ) -> LoRAConfig:
     """The configuration that adapts exactly the chosen modules."""
-    path, total = find_layers(model)
     linear = set(find_targets(model, LoRAConfig()))
     strangers = sorted(set(chosen) - linear)
     if strangers:
@@ -175,28 +173,5 @@ def _as_config(
             "this network's layers",
             cure="Adapted are linear layers of the decoder layers, not embeddings or the head.",
         )
-    by_layer: dict[int, set[str]] = {}
-    for number, name in _places(chosen, path):
-        by_layer.setdefault(number, set()).add(name)
-    first = min(by_layer)
-    names = by_layer[first]
-    for number in range(first, total):
-        if by_layer.get(number) != names:
-            raise ConfigError(
-                f"adapts {_shown(by_layer.get(number, ()))} in layer {number} and {_shown(names)} "
-                f"in layer {first}; here the last N layers are adapted alike"
-            )
-    config = LoRAConfig(**settings, target_modules=sorted(names), num_layers=total - first)
-    if set(find_targets(model, config)) != set(chosen):
-        raise ConfigError(f"target_modules {_shown(names)} also name other modules here")
-    return config
-
-
-def _places(paths: Iterable[str], layers_path: str) -> Iterable[tuple[int, str]]:
-    for path in paths:
-        number, _, name = re.sub(rf"^{re.escape(layers_path)}\.", "", path).partition(".")
-        yield int(number), name
-
-
-def _shown(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "nothing"
+    names, first, total = common_place(model, chosen, MERGE)
+    return LoRAConfig(**settings, target_modules=names, num_layers=total - first)
