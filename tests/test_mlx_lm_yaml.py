@@ -14,7 +14,7 @@ from mlx_lm import lora as mlx_lm_lora
 
 from tests.toy import save_toy_folder, toy_model, write_jsonl
 from workbench.data.datasets import load_dataset
-from workbench.errors import ConfigError, FileFormatError
+from workbench.errors import ConfigError, FileFormatError, SettingsWarning
 from workbench.export.adapters import save_adapter
 from workbench.models.loading import load_model
 from workbench.tuning.config import TrainConfig
@@ -210,7 +210,10 @@ def test_the_example_of_mlx_lm_is_read_and_what_differs_is_said(tmp_path):
     assert run.train.decay_steps == 1000
     assert run.train.bias_correction is False
     assert run.train_on == "last"
-    assert TrainConfig.from_mlx_lm(tmp_path / "run.yaml") == run.train
+    with pytest.warns(SettingsWarning) as caught:
+        assert TrainConfig.from_mlx_lm(tmp_path / "run.yaml") == run.train
+    assert all(note in str(caught[0].message) for note in run.notes)
+    assert caught[0].filename == __file__
     for said in (
         "scale 20 with rank 8 is alpha 160",
         "learning_rate is not used",
@@ -308,6 +311,11 @@ BAD = {
     "fine_tune_type: full": "last 16 layers has no equal",
     "fine_tune_type: ia3": "unknown fine_tune_type 'ia3'",
     "lr_schedule: {name: step_decay, arguments: [1, 1, 1]}": "'step_decay' has no equal here",
+    "lr_schedule: {name: [a], arguments: [1e-5, 10]}": r"\['a'\]\" has no equal here",
+    f"lora_parameters: {{rank: 1{'0' * 400}, scale: 2, dropout: 0}}": "rank must be .* to 65536",
+    f"iters: 1{'0' * 401}\nsave_every: 1{'0' * 400}": "must be a whole number from 1 to",
+    "seed: 18446744073709551616": "seed must be a whole number from 0 to",
+    f"lr_schedule: {{name: cosine_decay, arguments: [1, 1{'0' * 400}]}}": "steps must be",
     "lr_schedule: {name: cosine_decay, arguments: 3}": "arguments of cosine_decay must be",
     "lr_schedule: {name: cosine_decay, arguments: [1, 0]}": "steps must be a whole number from 1",
     "lr_schedule: {name: linear_schedule, arguments: [0.1, 0.2, 5]}": "rises from 0.1 to 0.2",
@@ -328,7 +336,13 @@ NOT_PLAIN = {
     "nested": "lora_parameters: " + "[" * 40_000,
     "nested deeper": "lora_parameters: " + "{a: " * 40,
     "larger than": "data: " + "x" * 70_000,
-    "could not determine a constructor": "data: !!python/object/apply:os.system ['true']",
+    "the tag .*os.system": "data: !!python/object/apply:os.system ['true']",
+    "the tag .*bool": "train: !!bool maybe",
+    "the tag .*timestamp": "seed: !!timestamp xx",
+    "the tag .*map": "seed: !!map [1, 2]",
+    "the tag .*set": "seed: !!set [a]",
+    "the tag '!'": "seed: ! 3",
+    "the tag .*binary": "? !!binary a\n: 3",
     "'iters' twice": "iters: 1\niters: 2",
     "no mapping": "- iters",
     "mapping of names": "1: 2",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import sys
 
 
@@ -95,6 +96,10 @@ class AdapterWarning(UserWarning):
     """An adapter fits by its shapes, but says something that cannot be held to here."""
 
 
+class SettingsWarning(UserWarning):
+    """Settings of another tool are used, and some of them mean something else here."""
+
+
 class FallbackWarning(UserWarning):
     """A faster or smaller form cannot be used here; the plain one is, with equal results."""
 
@@ -111,10 +116,13 @@ class ObserverWarning(UserWarning):
     """An observer of a training failed; the training goes on without it."""
 
 
-def check_whole(name: str, value: object, smallest: int) -> None:
-    """Raise ConfigError unless a setting is a whole number from `smallest`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-        raise ConfigError(f"{name} must be a whole number from {smallest}, got {value!r}")
+def check_whole(name: str, value: object, smallest: int, largest: float = math.inf) -> None:
+    """Raise ConfigError unless a setting is a whole number from `smallest` to `largest`."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or not smallest <= value <= largest:
+        top = f" to {largest}" if is_whole and value > largest else ""
+        got = reprlib.repr(value)
+        raise ConfigError(f"{name} must be a whole number from {smallest}{top}, got {got}")
 
 
 def check_number(name: str, value: object, smallest: float = -math.inf) -> None:

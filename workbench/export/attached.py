@@ -21,7 +21,6 @@ from workbench.tuning.lora import Adapter, LoRAConfig, add_lora, find_targets
 from workbench.tuning.lora_layers import DoRALinear, LoRALinear, linear_dims
 
 CONFIG_NAME = "adapter_config.json"  # in mlx-lm's layout and in PEFT's
-LARGEST_RANK = 1 << 16
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from workbench.errors import ConfigError
 from workbench.export.attached import (
     CONFIG_NAME,
-    LARGEST_RANK,
     Attached,
     adapter_weights,
     attach,
@@ -22,7 +21,7 @@ from workbench.export.base_sketch import require_base, sketch
 from workbench.models.files import read_json, read_safetensors
 from workbench.models.loading import BaseModel
 from workbench.models.safetensors_header import read_metadata
-from workbench.tuning.lora import ALL_LINEAR, Adapter, LoRAConfig
+from workbench.tuning.lora import ALL_LINEAR, LARGEST_RANK, Adapter, LoRAConfig
 
 WEIGHTS_NAME = "adapters.safetensors"
 

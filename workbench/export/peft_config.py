@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 import mlx.nn as nn
 
 from workbench.errors import ConfigError
-from workbench.export.attached import LARGEST_RANK, common_place
+from workbench.export.attached import common_place
 from workbench.models.structure import find_layers
-from workbench.tuning.lora import ALL_LINEAR, LoRAConfig, find_targets
+from workbench.tuning.lora import ALL_LINEAR, LARGEST_RANK, LoRAConfig, find_targets
 from workbench.tuning.lora_layers import LoRALinear
 
 # They say where an adapter came from or how it was made, not what it computes.

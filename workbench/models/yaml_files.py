@@ -25,6 +25,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has an alias")
+        tag = getattr(self.peek_event(), "tag", None)  # given in the text: no plain value
+        if tag is not None:
+            raise yaml.YAMLError(f"it has the tag {tag[:100]!r}")
         if self.depth >= MAX_DEPTH:
             raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH}")
         self.depth += 1
@@ -48,7 +51,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, object]:
 
     Raises:
         FileFormatError: absent, not a regular file, too large or too deep, not UTF-8, not YAML,
-            with an alias, a tag of a program's objects or a key twice, or not such a mapping.
+            with an alias, a tag or a key twice, or not such a mapping.
     """
     path = Path(path)
     with open_regular(path) as file:

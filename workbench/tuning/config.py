@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from workbench.errors import ConfigError, RunError, check_number, check_whole
+from workbench.errors import ConfigError, RunError, SettingsWarning, check_number, check_whole
 from workbench.tuning.schedules import SCHEDULES
 
 WHOLE_NUMBERS = {  # field: smallest value
@@ -120,10 +121,17 @@ class TrainConfig:
 
     @classmethod
     def from_mlx_lm(cls, path: str | os.PathLike) -> TrainConfig:
-        """The training part of a YAML of `mlx_lm.lora`; see `read_mlx_lm_yaml` for all of it."""
+        """The training part of a YAML of `mlx_lm.lora`; see `read_mlx_lm_yaml` for all of it.
+
+        Warns:
+            SettingsWarning: with its notes, of what cannot be the same.
+        """
         from workbench.tuning.mlx_lm_yaml import read_mlx_lm_yaml  # which makes these
 
-        return read_mlx_lm_yaml(path).train
+        run = read_mlx_lm_yaml(path)
+        notes = "".join(f"\n- {note}" for note in run.notes)
+        warnings.warn(f"{path}: taken from mlx-lm, but{notes}", SettingsWarning, stacklevel=2)
+        return run.train
 
 
 def _are_betas(betas: object) -> bool:

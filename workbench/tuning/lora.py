@@ -17,6 +17,7 @@ from workbench.models.structure import find_layers, module_at
 from workbench.tuning.lora_layers import DoRALinear, LoRALinear
 
 ALL_LINEAR = "all-linear"
+LARGEST_RANK = 1 << 16
 
 
 @dataclass(frozen=True)

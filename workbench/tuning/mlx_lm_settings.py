@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from workbench.errors import ConfigError, check_number, check_whole
 
+LARGEST_COUNT = 2**63 - 1  # what 64 bits hold
 DEFAULTS = {  # as mlx_lm/lora.py has them; a test compares
     "model": "Qwen/Qwen3-0.6b",
     "fine_tune_type": "lora",
@@ -112,7 +113,7 @@ def complete(said: Mapping[str, object]) -> dict[str, object]:
     said = {name: value for name, value in said.items() if value is not None}
     settings = {**DEFAULTS, **{name: said[name] for name in said if name in DEFAULTS}}
     for name, smallest in COUNTS.items():
-        check_whole(name, settings[name], smallest)
+        check_whole(name, settings[name], smallest, LARGEST_COUNT)
     if settings["num_layers"] == 0:
         raise ConfigError("num_layers must be -1, for all layers, or from 1; got 0")
     check_number("learning_rate", settings["learning_rate"], 0)

@@ -11,12 +11,13 @@ from pathlib import Path
 from workbench.errors import ConfigError, check_number, check_whole
 from workbench.models.yaml_files import read_yaml
 from workbench.tuning.config import TrainConfig
-from workbench.tuning.lora import ALL_LINEAR, LoRAConfig
+from workbench.tuning.lora import ALL_LINEAR, LARGEST_RANK, LoRAConfig
 from workbench.tuning.mlx_lm_settings import (
     DEFAULTS,
     ELSEWHERE,
     FIELDS,
     FIXED,
+    LARGEST_COUNT,
     OPTIONS,
     check_keys,
     complete,
@@ -124,7 +125,7 @@ def _rates(said: Settings, settings: Settings, steps: int, notes: list[str]) -> 
         return {"schedule": "constant", "learning_rate": float(settings["learning_rate"])}
     check_keys("lr_schedule", schedule, ("name", "arguments", "warmup", "warmup_init"))
     warmup = schedule.get("warmup", 0)
-    check_whole("lr_schedule: warmup", warmup, 0)
+    check_whole("lr_schedule: warmup", warmup, 0, LARGEST_COUNT)
     shape = _descent(schedule)
     peak = shape["learning_rate"]
     if said.get("learning_rate") not in (None, peak):
@@ -148,7 +149,7 @@ def _descent(schedule: Settings) -> dict[str, object]:
     """`cosine_decay` (init, steps, end) or `linear_schedule` (init, end, steps)."""
     name, arguments = schedule.get("name"), schedule.get("arguments")
     kinds = {"cosine_decay": "cosine", "linear_schedule": "linear"}
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise ConfigError(
             f"lr_schedule: {str(name)[:100]!r} has no equal here", cure=f"Use one of {[*kinds]}."
         )
@@ -162,7 +163,7 @@ def _descent(schedule: Settings) -> dict[str, object]:
         peak, floor, length = arguments
     check_number("lr_schedule: init", peak, 0)
     check_number("lr_schedule: end", floor, 0)
-    check_whole("lr_schedule: steps", length, 1)
+    check_whole("lr_schedule: steps", length, 1, LARGEST_COUNT)
     if floor > peak:
         raise ConfigError(f"lr_schedule: a rate that rises from {peak:g} to {floor:g}")
     if floor == peak:
@@ -217,7 +218,7 @@ def _lora(settings: Settings, notes: list[str]) -> LoRAConfig | None:
     if missing:
         raise ConfigError(f"lora_parameters needs {', '.join(missing)}: mlx-lm has no default then")
     rank, scale = given["rank"], given["scale"]
-    check_whole("lora_parameters: rank", rank, 1)
+    check_whole("lora_parameters: rank", rank, 1, LARGEST_RANK)
     check_number("lora_parameters: scale", scale)
     check_number("lora_parameters: dropout", given["dropout"], 0)
     alpha = _alpha(rank, scale)
