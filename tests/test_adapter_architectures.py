@@ -1,20 +1,24 @@
 """Adapters on mlx-lm's architectures, whose layers need not be alike: saved, and loaded again."""
 
+import json
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_map
-from mlx_lm.tuner.utils import load_adapters
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 import workbench as wb
 from tests.architectures import ARCHITECTURES
 from tests.test_fuse_architectures import foreign
 from tests.toy_adapters import same
 from tests.toy_architectures import small_base
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, WeightsError
 from workbench.export.adapters import adapter_weights, load_adapter, save_adapter
 from workbench.models.files import read_json, weight_files
 from workbench.models.safetensors_header import read_header
+from workbench.probes.parameters import changed, fingerprint
+from workbench.tuning.lora import remove_lora
 
 TOKENS = mx.array([[5, 9, 60, 33, 7, 64, 20]])
 UNEVEN = [
@@ -86,6 +90,27 @@ def test_what_peft_would_adapt_beside_is_refused(tmp_path):
     wb.add_lora(base.model, wb.LoRAConfig(rank=2, target_modules=["up_proj"]))
     with pytest.raises(ConfigError, match=r"PEFT would adapt model\.layers\.1\.mlp\.up_proj"):
         save_adapter(base, tmp_path / "adapter", format="peft")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("keys", [None, "experts"])
+def test_mlx_lms_adapter_on_stacked_experts_is_refused_as_that(tmp_path, name, keys):
+    base, twin = small_base(name), small_base(name).model
+    parameters = {"rank": 2, "scale": 2.0, "dropout": 0.0}
+    if keys == "experts":
+        stacked = wb.add_lora(base.model).expert_names
+        remove_lora(base.model)
+        parameters["keys"] = sorted({path.split(".", 3)[3] for path in stacked})
+    twin.freeze()
+    linear_to_lora_layers(twin, -1, dict(parameters))
+    weights = dict(tree_flatten(twin.trainable_parameters()))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    before = fingerprint(base.model)
+    with pytest.raises(WeightsError, match=r"switch_mlp\.\w+\.lora_a and \d+ more .*experts"):
+        load_adapter(base, tmp_path)
+    assert changed(before, fingerprint(base.model)) == []
 
 
 def test_a_layer_without_such_a_module_is_passed_over_and_one_with_it_is_not(tmp_path):

@@ -71,8 +71,8 @@ def load_adapter(base: BaseModel, folder: str | os.PathLike, *, any_base: bool =
     Raises:
         ConfigError: adapter_config.json does not describe a LoRA, rsLoRA or DoRA adapter for this
             model, or needs something that cannot be represented here; names it.
-        WeightsError: a tensor is missing, unexpected, misshapen or not finite; or the adapter was
-            made on another base.
+        WeightsError: a tensor is missing, unexpected, misshapen or not finite, or adapts stacked
+            experts; or the adapter was made on another base.
         FileFormatError: a file is absent or malformed; weights are pickled; or the folder holds
             both layouts.
 

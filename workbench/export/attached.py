@@ -17,7 +17,7 @@ from workbench.models.files import write_json, write_safetensors
 from workbench.models.report import compare
 from workbench.models.structure import find_layers, module_at
 from workbench.numerics import not_finite
-from workbench.tuning.lora import Adapter, LoRAConfig, add_lora, find_targets
+from workbench.tuning.lora import Adapter, LoRAConfig, add_lora, expert_names, find_targets
 from workbench.tuning.lora_layers import DoRALinear, LoRALinear, linear_dims
 
 CONFIG_NAME = "adapter_config.json"  # in mlx-lm's layout and in PEFT's
@@ -147,6 +147,19 @@ def require_fit(
     except WeightsError as error:
         cure = "The adapter is for another base model or another rank, or its file is incomplete."
         raise WeightsError(error.what, where=error.where, cure=cure) from None
+
+
+def require_no_experts(model: nn.Module, found: Iterable[str], where: object) -> None:
+    """Raise WeightsError if tensors of these names adapt experts that lie in one stack."""
+    experts = set(expert_names(model))
+    stacked = sorted(name for name in found if name.rpartition(".")[0] in experts)
+    if stacked:
+        raise WeightsError(
+            f"{stacked[0]} and {len(stacked) - 1} more adapt stacked experts, which cannot be "
+            "represented here",
+            where=where,
+            cure="mlx_lm.fuse makes a plain model of it; wb.add_lora leaves such experts frozen.",
+        )
 
 
 def require_finite(weights: Mapping[str, mx.array], where: object) -> None:

@@ -15,6 +15,7 @@ from workbench.export.attached import (
     modules_of,
     naming,
     require_fit,
+    require_no_experts,
     write_pair,
 )
 from workbench.export.base_sketch import require_base, sketch
@@ -48,17 +49,17 @@ def load(base: BaseModel, folder: Path, any_base: bool = False) -> Adapter:
 
     Raises:
         ConfigError: adapter_config.json does not describe one for this model.
-        WeightsError: a tensor is missing, unexpected, misshapen or not finite, or the adapter was
-            made on another base.
+        WeightsError: a tensor is missing, unexpected, misshapen or not finite, or adapts stacked
+            experts; or the adapter was made on another base.
         FileFormatError: a file is absent or malformed.
     """
-    path = folder / CONFIG_NAME
+    path, file = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     with naming(path):
         content = read_json(path)
         config = _read_config(content)
+        weights = read_safetensors(file)
+        require_no_experts(base.model, weights, file)
         expected = expected_arrays(base.model, config)
-    file = folder / WEIGHTS_NAME
-    weights = read_safetensors(file)
     require_fit(expected, weights, file)
     about = read_metadata(file)
     require_base(base, modules_of(expected), about, content.get("model"), file, any_base)

@@ -113,10 +113,10 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None) -> Adapter:
     model.update_modules(tree_unflatten(adapted))
     model.train(model.training)  # a new module would start with its dropout on
     mx.eval(model.trainable_parameters())
-    return Adapter(config, tuple(chosen), *count_parameters(model), _expert_names(model))
+    return Adapter(config, tuple(chosen), *count_parameters(model), expert_names(model))
 
 
-def _expert_names(model: nn.Module) -> tuple[str, ...]:
+def expert_names(model: nn.Module) -> tuple[str, ...]:
     """Paths of mlx-lm's linear layers that hold a matrix for each expert."""
     named = model.named_modules()
     return tuple(sorted(p for p, m in named if hasattr(m, "num_experts") and "weight" in m))
