@@ -29,7 +29,15 @@ def foreign(architecture, folder):
     model.eval()
     parameters = dict(tree_flatten(model.parameters()))
     report = compare(parameters, parameters)
-    return BaseModel(model, toy_tokenizer(), model.args, report, "tiny", folder, raw_config)
+    return BaseModel(
+        model,
+        toy_tokenizer(),
+        getattr(model, "args", raw_config),
+        report,
+        "tiny",
+        folder,
+        raw_config,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,6 +67,17 @@ def test_it_is_quantised_as_mlx_does_it(tmp_path, name):
 
     nn.quantize(base.model, group_size=32, bits=8, class_predicate=fits)
     assert mx.allclose(back, base.model(PROMPT), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layers_own_settings_are_written_whole(tmp_path):
+    base = foreign(ARCHITECTURES["rwkv7"], tmp_path / "nowhere")
+    expected = base.model(PROMPT)
+    fused = wb.fuse(base, tmp_path / "fused", quantise={"bits": 8, "group_size": 32})
+    quantization = json.loads((tmp_path / "fused/config.json").read_text())["quantization"]
+    whole = {"bits": 8, "group_size": 32, "mode": "affine"}  # its predicate says the bits only
+    assert quantization == {**whole, "model.embeddings": whole}
+    gap = mx.abs(wb.load_model(fused, dtype=mx.float32).model(PROMPT) - expected).max()
+    assert 0 < gap < 0.1 * mx.abs(expected).max()
 
 
 def test_peft_wants_the_names_of_the_models_own_files(tmp_path):

@@ -93,8 +93,8 @@ def quantised_weights(
         settings: bits and group_size.
     """
     predicate = getattr(model, "quant_predicate", None) or (lambda path, module: True)
-    chosen: dict[str, object] = {**settings, "mode": "affine"}
-    written = dict(weights)
+    usual = {**settings, "mode": "affine"}
+    chosen, written = dict[str, object](usual), dict(weights)
     for path, module in model.named_modules():
         # An adapted layer stands for the plain one inside it.
         plain = module.linear if isinstance(module, LoRALinear) else module
@@ -103,12 +103,12 @@ def quantised_weights(
         if weight is None or not (is_quantised or hasattr(plain, "to_quantized")):
             continue
         own = predicate(path, plain)
-        layer = {**chosen, **own} if isinstance(own, dict) else chosen
+        layer = {**usual, **own} if isinstance(own, dict) else usual
         if not own or weight.shape[-1] % layer["group_size"]:
             continue
+        layer = quantisation_settings(layer, path)
         if isinstance(own, dict):
-            chosen[path] = own
-        layer = quantisation_settings(chosen, path)
+            chosen[path] = layer  # whole: what is left out, mlx-lm takes from its own defaults
         parts = mx.quantize(weight, **layer)
         names = (f"{path}.weight", f"{path}.scales", f"{path}.biases")
         written.update(zip(names, parts))
