@@ -12,7 +12,7 @@ import workbench as wb
 from tests.architecture_settings import COMMON
 from tests.architectures import ARCHITECTURES
 from tests.toy import VOCAB_SIZE, toy_tokenizer
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, WeightsError
 from workbench.models.loading import BaseModel
 from workbench.models.report import compare
 
@@ -78,6 +78,26 @@ def test_a_layers_own_settings_are_written_whole(tmp_path):
     assert quantization == {**whole, "model.embeddings": whole}
     gap = mx.abs(wb.load_model(fused, dtype=mx.float32).model(PROMPT) - expected).max()
     assert 0 < gap < 0.1 * mx.abs(expected).max()
+
+
+def test_a_weight_that_mlx_lm_changes_as_it_reads_it_is_refused(tmp_path):
+    base = foreign(ARCHITECTURES["baichuan_m1"], tmp_path / "nowhere")
+    with pytest.raises(WeightsError, match=r"would change lm_head\.weight by \d+\.\d+%.*quantise="):
+        wb.fuse(base, tmp_path / "fused")
+    assert list(tmp_path.iterdir()) == []
+    base.model.lm_head.weight /= mx.linalg.norm(base.model.lm_head.weight, axis=-1, keepdims=True)
+    expected = base.model(PROMPT)  # as mlx-lm reads a checkpoint of it
+    back = wb.load_model(wb.fuse(base, tmp_path / "fused"), dtype=mx.float32)
+    assert mx.allclose(back.model(PROMPT), expected, rtol=1e-5, atol=1e-5)
+    wb.fuse(base, tmp_path / "half", dtype=mx.bfloat16)  # lengths of one, but for rounding
+    settings = {"bits": 4, "group_size": 32}
+    four = wb.load_model(wb.fuse(base, tmp_path / "four", quantise=settings), dtype=mx.float32)
+    with pytest.raises(WeightsError, match=r"would change lm_head\.weight"):
+        wb.fuse(four, tmp_path / "plain")
+    eight = wb.fuse(four, tmp_path / "eight", quantise={"bits": 8, "group_size": 32})
+    logits = four.model(PROMPT)
+    gap = mx.abs(wb.load_model(eight, dtype=mx.float32).model(PROMPT) - logits).max()
+    assert gap < 0.03 * mx.abs(logits).max()
 
 
 def test_peft_wants_the_names_of_the_models_own_files(tmp_path):

@@ -15,7 +15,12 @@ from workbench.export import drift
 from workbench.export.folders import check_place, replace_folder
 from workbench.export.model_card import CARD_NAME, Run, card, escaped_name, read_run
 from workbench.export.model_config import GENERATION_NAME, export_config, generation_config
-from workbench.export.weights import fused_weights, quantised_weights, write_shards
+from workbench.export.weights import (
+    fused_weights,
+    quantised_weights,
+    require_read_back,
+    write_shards,
+)
 from workbench.models.files import read_json, write_json
 from workbench.models.llama import Llama
 from workbench.models.loading import BaseModel, check_floating
@@ -81,7 +86,8 @@ def fuse(
 
     Raises:
         ConfigError: the folder is taken, or is the base model's own; a setting is impossible.
-        WeightsError: quantisation swallows the adapter, or a weight is not finite.
+        WeightsError: quantisation swallows the adapter, a weight is not finite, or mlx-lm would
+            change one as it reads it.
         RunError: run_dir holds no run.
         FileFormatError: the folder cannot be written; what was there is intact.
     """
@@ -136,6 +142,7 @@ def _write(base: BaseModel, folder: Path, wish: _Wish) -> FusedModel:
     weights, quantization = fused_weights(base.model, wish.dtype), None
     if wish.settings is not None:
         weights, quantization = quantised_weights(base.model, weights, wish.settings)
+    require_read_back(base.model, weights)
     write_json(folder / "config.json", export_config(base, weights, quantization))
     generation = generation_config(base)
     if generation:

@@ -15,9 +15,10 @@ from workbench.export.attached import adapter_weights, require_finite
 from workbench.models.files import INDEX_NAME, write_json, write_safetensors
 from workbench.models.loading import cast
 from workbench.models.quantisation import quantisation_settings
-from workbench.tuning.lora_layers import LoRALinear
+from workbench.tuning.lora_layers import SMALLEST, LoRALinear
 
 Tensors = dict[str, mx.array]
+ROUNDING = 0.005  # of a weight's size: bfloat16 keeps 8 bits
 
 
 def fused_weights(model: nn.Module, dtype: mx.Dtype | None = None) -> Tensors:
@@ -113,6 +114,31 @@ def quantised_weights(
         names = (f"{path}.weight", f"{path}.scales", f"{path}.biases")
         written.update(zip(names, parts))
     return written, chosen
+
+
+def require_read_back(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
+    """Raise WeightsError if mlx-lm would change these weights as it reads them.
+
+    An architecture's `sanitize` makes its parameters of another tool's files. Of most, it leaves
+    alone what it made; baichuan_m1's gives every row of the head a length of one once more.
+    """
+    sanitize = getattr(model, "sanitize", None)
+    if sanitize is None:
+        return
+    read = sanitize(dict(weights))
+    for name in sorted(weights.keys() | read.keys()):
+        ours, theirs = weights.get(name), read.get(name)
+        if ours is theirs:
+            continue
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            raise WeightsError(f"mlx-lm would rename or reshape {name} as it reads it")
+        numbers = ours.astype(mx.float32)
+        apart = mx.linalg.norm(numbers - theirs) / mx.maximum(mx.linalg.norm(numbers), SMALLEST)
+        if apart.item() > ROUNDING:
+            raise WeightsError(
+                f"mlx-lm would change {name} by {apart.item():.2%} as it reads it",
+                cure='Write it quantised, which is left alone: quantise={"bits": 8, …}.',
+            )
 
 
 def write_shards(folder: Path, weights: Tensors, max_shard_bytes: int) -> None:
