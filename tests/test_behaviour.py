@@ -145,6 +145,21 @@ def test_a_threshold_that_is_none_is_refused(base, folder, threshold):
         evaluate_suites(base, folder, threshold=threshold)
 
 
+def test_suites_are_given_in_any_of_their_forms(base, folder):
+    first, second = read_suites(folder)
+    files = [folder / "a.jsonl", str(folder / "b.jsonl")]
+    expected = evaluate_suites(base, folder).results
+    for source in (files, [first, files[1]], (first, second), [[first], [files[1]]]):
+        assert evaluate_suites(base, source).results == expected
+    assert evaluate_suites(base, second).results == expected[-1:]
+
+
+@pytest.mark.parametrize("source", [None, 3, [3], [None]])
+def test_what_is_no_suite_is_refused(base, source):
+    with pytest.raises(ConfigError, match="suites must be a file, a folder or a list of them"):
+        evaluate_suites(base, source)
+
+
 def test_no_rows_and_one_name_twice_are_refused(base, folder):
     with pytest.raises(DataError, match="no rows to evaluate"):
         evaluate_suites(base, [])

@@ -87,6 +87,12 @@ def test_bad_settings_are_named(settings, message):
             chat(toy_base(), questions, **settings)
 
 
+@pytest.mark.parametrize("questions", [3, [3], [None], [["a"]]])
+def test_questions_that_are_no_texts_are_named(questions):
+    with pytest.raises(DataError, match="questions must be texts"):
+        chat(toy_base(), questions)
+
+
 def test_a_question_too_long_is_an_error_of_the_plain_function():
     with pytest.raises(DataError, match="the model has room for 512"):
         chat(toy_base(), ["x" * 600])

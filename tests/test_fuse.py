@@ -263,6 +263,8 @@ def test_numbers_beyond_the_dtype_are_named(tmp_path):
         {"dtype": "float16"},
         {"prompts": []},
         {"prompts": "one question"},
+        {"prompts": [3], "quantise": {"bits": 4, "group_size": 32}},
+        {"prompts": 3},
         {"run_dir": "nowhere"},
     ],
     ids=str,

@@ -282,6 +282,9 @@ BAD_PROMPTS = {
     "unknown role": ([{"role": "robot", "content": "Hi"}], "unknown role 'robot'"),
     "no content": ([{"role": "user"}], "'content' must be a string"),
     "half a surrogate": ("\ud800", "surrogate"),
+    "a number": (3, "prompts must be a text or a list, got 3"),
+    "no prompt": (None, "prompts must be a text or a list, got None"),
+    "a list of numbers": ([3], "a prompt must be a text or a list of messages, got 3"),
     "no messages": ([[]], "at least one message"),
 }
 

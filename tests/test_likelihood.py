@@ -150,6 +150,7 @@ BAD = {
     "not text": ("Hi", 3, "must be a text"),
     "half a surrogate": ("Hi", "\ud800", "UTF-8"),
     "too long": ("Hi", "x" * 600, r"pair 0: has \d+ tokens, the model has 512 positions"),
+    "no prompt": (None, "x", "pair 0: a prompt must be a text or a list of messages, got None"),
     "bad prompt": ([{"role": "robot", "content": "Hi"}], "x", "unknown role"),
 }
 
@@ -159,6 +160,12 @@ def test_what_cannot_be_scored_is_named(base, name):
     prompt, text, message = BAD[name]
     with pytest.raises(DataError, match=message):
         log_likelihood(base, [(prompt, text)])
+
+
+@pytest.mark.parametrize("pairs", [None, 3, "ab", ["ab"], [3], [("Hi",)], [("Hi", "x", "y")]])
+def test_what_is_no_list_of_pairs_is_named(base, pairs):
+    with pytest.raises(DataError, match=r"pairs? must be"):
+        log_likelihood(base, pairs)
 
 
 def test_numbers_that_are_none_are_named(base):

@@ -164,17 +164,21 @@ def test_a_model_without_layers_raises():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[("rank", value) for value in (0, -1, 2.0, True, "8")],
+        *[("rank", value) for value in (0, -1, 2.0, True, "8", 10**12)],
         *[("alpha", value) for value in (0, -1, float("nan"), float("inf"), "16")],
         *[("dropout", value) for value in (1, 1.0, -0.1, float("nan"), "no")],
         *[("num_layers", value) for value in (0, -1, 1.5, True)],
         *[("target_modules", value) for value in ([], "", None, 5)],
-        *[("seed", value) for value in (-1, 0.5)],
+        *[("seed", value) for value in (-1, 0.5, 2**64)],
     ],
 )
 def test_a_bad_setting_raises_and_is_named(field, value):
     with pytest.raises(ConfigError, match=field):
         LoRAConfig(**{field: value})
+
+
+def test_the_largest_seed_is_one():
+    assert add_lora(toy_model(), LoRAConfig(seed=2**64 - 1)).trainable > 0
 
 
 @pytest.mark.parametrize("training", [False, True])

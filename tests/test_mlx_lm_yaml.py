@@ -391,6 +391,12 @@ def test_what_mlx_lm_cannot_say_is_an_error_and_nothing_is_written(
     assert [*tmp_path.iterdir()] == []
 
 
+def test_settings_that_are_no_run_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"must be an MlxLmRun, got TrainConfig.*wb\.MlxLmRun"):
+        write_mlx_lm_yaml(tmp_path / "run.yaml", trainers())
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_a_network_makes_whole_paths_of_names_and_the_notes_stand_in_the_file(tmp_path):
     lora = LoRAConfig(
         rank=4, alpha=4, target_modules=["q_proj", "up_proj"], use_rslora=True, seed=1

@@ -172,6 +172,12 @@ def test_an_interrupt_from_an_observer_leaves_a_whole_step_and_its_checkpoint(tm
     assert len(list(trainer)) == 2
 
 
+@pytest.mark.parametrize("members", [3, None, [3], ["print"]])
+def test_what_observes_nothing_is_refused_by_name(members):
+    with pytest.raises(ConfigError, match="must be a function of a StepReport, got"):
+        Observers(members)
+
+
 def test_observers_are_added_and_removed_and_must_be_functions():
     told, observers = [], Observers()
     observers.add(told.append)

@@ -160,6 +160,7 @@ BAD = {
     "kind": ({"tokenizer": "words"}, "unknown tokenizer 'words'"),
     "model": ({"model": {"hidden_size": 8}}, "must be a NanoChatConfig or a LlamaConfig, got a d"),
     "seed": ({"seed": -1}, "seed"),
+    "a huge seed": ({"seed": 2**64}, "seed"),
     "text": ({"text": ["a", "b"]}, r"wb\.Corpus"),
     "no file": ({"text": "no-such-file.txt"}, "cannot be read"),
 }

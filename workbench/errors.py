@@ -6,6 +6,8 @@ import math
 import reprlib
 import sys
 
+LARGEST_SEED = 2**64 - 1
+
 
 class WorkbenchError(ValueError):
     """Base of every error that a user of the workbench can cause or cure.
@@ -123,6 +125,11 @@ def check_whole(name: str, value: object, smallest: int, largest: float = math.i
         top = f" to {largest}" if is_whole and value > largest else ""
         got = reprlib.repr(value)
         raise ConfigError(f"{name} must be a whole number from {smallest}{top}, got {got}")
+
+
+def check_seed(name: str, value: object) -> None:
+    """Raise ConfigError unless a setting is a seed that MLX's random numbers can start from."""
+    check_whole(name, value, 0, LARGEST_SEED)
 
 
 def check_number(name: str, value: object, smallest: float = -math.inf) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import reprlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from workbench.errors import ConfigError, DataError, check_number, check_whole
 from workbench.evaluation.choices import score_options
@@ -15,13 +16,14 @@ from workbench.evaluation.suite_rows import ChoiceRow, SuiteRow
 from workbench.evaluation.suites import Suite, read_suites
 from workbench.models.loading import BaseModel
 
+Source = str | os.PathLike  # of a file or a folder
 Switch = Callable[[], contextlib.AbstractContextManager]  # while it is entered, the adapter is off
 Answer = tuple[str, int | None]  # text, and the option chosen by likelihood
 
 
 def evaluate_suites(
     base: BaseModel,
-    source: str | os.PathLike | Sequence[Suite],
+    source: Source | Suite | Sequence[Source | Suite],
     *,
     baseline: BaseModel | Switch | None = None,
     threshold: float | None = None,
@@ -34,18 +36,18 @@ def evaluate_suites(
 
     Args:
         base: a loaded model.
-        source: a suite's file, a folder of them, or what `read_suites` gives.
+        source: a suite's file, a folder of them, what `read_suites` gives, or a list of these.
         baseline: compare with another model; or with this one, while a context manager is entered.
         threshold: the mean score that is asked for over all suites, in [0, 1].
         batch_size: prompts that are decoded together.
 
     Raises:
         DataError: a row cannot be read or asked; names file and line.
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is out of range, or the source is none.
     """
     check_whole("batch_size", batch_size, 1)
     _check_threshold(threshold)
-    suites = read_suites(source) if isinstance(source, str | os.PathLike) else list(source)
+    suites = _suites(source)
     rows = _rows(suites)
     compared = baseline if isinstance(baseline, BaseModel) else base
     for model in (base, compared):
@@ -59,6 +61,19 @@ def evaluate_suites(
         label = compared.name if compared is baseline else "adapter off"
     results = [_result(*pair, *both) for pair, *both in zip(rows, answers, before)]
     return BehaviourReport(base.name, label, tuple(suites), tuple(results), threshold, started)
+
+
+def _suites(source: object) -> list[Suite]:
+    if isinstance(source, Suite):
+        return [source]
+    if isinstance(source, str | os.PathLike):
+        return read_suites(source)
+    if not isinstance(source, Iterable):
+        raise ConfigError(
+            f"suites must be a file, a folder or a list of them, got {reprlib.repr(source)}",
+            cure="Give a .jsonl file, a folder, or what wb.read_suites gives.",
+        )
+    return [suite for part in source for suite in _suites(part)]
 
 
 def _check_threshold(threshold: object) -> None:

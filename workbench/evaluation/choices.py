@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from workbench.errors import DataError
-from workbench.evaluation.generation import Prompt
 from workbench.evaluation.likelihood import Likelihood, log_likelihood
+from workbench.evaluation.prompts import Prompt
 from workbench.models.loading import BaseModel
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from workbench.data import chats
-from workbench.errors import ConfigError, DataError, check_number, check_whole
+from workbench.errors import ConfigError, DataError, check_number, check_seed, check_whole
+from workbench.evaluation.prompts import Prompt, is_single, messages_of
 from workbench.models.decoder import Decoder
 from workbench.models.loading import BaseModel, embedding_rows
 
@@ -19,7 +20,6 @@ from workbench.models.loading import BaseModel, embedding_rows
 # against all keys up to its end, so a longer one spends more on scores that the mask hides.
 PREFILL_CHUNK = 128
 DROP_SHARE = 0.25  # of the rows that are decoded; dropping copies the others' keys and values
-Prompt = str | Sequence[Mapping[str, object]]  # a question, or chat messages
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SamplingConfig:
 
     def __post_init__(self):
         check_whole("max_tokens", self.max_tokens, 1)
-        check_whole("seed", self.seed, 0)
+        check_seed("seed", self.seed)
         check_number("temperature", self.temperature, 0)
         check_number("top_p", self.top_p, 0)
         if not 0 < self.top_p <= 1:
@@ -109,13 +109,6 @@ def stream(base: BaseModel, prompt: Prompt, **settings: object) -> Iterator[str]
     yield base.tokenizer.decode(ids, skip_special_tokens=True)[len(shown) :]
 
 
-def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt: a string, or the messages of one chat."""
-    return isinstance(prompts, str) or (
-        bool(prompts) and all(isinstance(item, Mapping) for item in prompts)
-    )
-
-
 def encode_prompt(base: BaseModel, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, ready for the model's answer.
 
@@ -125,7 +118,7 @@ def encode_prompt(base: BaseModel, prompt: Prompt) -> list[int]:
         DataError: no tokens, too many, or ids that the embedding does not have; or a chat that
             the template refuses.
     """
-    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    chat = messages_of(prompt, "prompt")
     if isinstance(prompt, str) and not base.tokenizer.chat_template:
         with chats.refusing("prompt"):
             ids = base.tokenizer.encode(prompt)

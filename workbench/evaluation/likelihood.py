@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,7 +15,8 @@ from workbench.data.batches import Batch, collate
 from workbench.data.examples import Example
 from workbench.data.rows import can_be_encoded
 from workbench.errors import DataError, EvaluationError, check_whole
-from workbench.evaluation.generation import Prompt, check_ids, evaluating, room
+from workbench.evaluation.generation import check_ids, evaluating, room
+from workbench.evaluation.prompts import Prompt, messages_of
 from workbench.models.loading import BaseModel, embedding_rows
 from workbench.models.shared_prompt import find_shared_prompt
 
@@ -55,10 +57,19 @@ def log_likelihood(
         batch_size: rows that go through the network together, at most.
 
     Raises:
-        DataError: an empty continuation, a malformed prompt, or more tokens than positions.
+        DataError: no pairs, an empty continuation, a malformed prompt, or more tokens than
+            positions.
         EvaluationError: the network gives NaN.
     """
-    rows = [encode_pair(base, prompt, text, f"pair {n}") for n, (prompt, text) in enumerate(pairs)]
+    if not isinstance(pairs, Iterable):
+        raise DataError(f"pairs must be a list of (prompt, text), got {reprlib.repr(pairs)}")
+    pairs = list(pairs)
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise DataError(
+                f"a pair must be (prompt, text), got {reprlib.repr(pair)}", where=f"pair {number}"
+            )
+    rows = [encode_pair(base, *pair, f"pair {number}") for number, pair in enumerate(pairs)]
     return [
         Likelihood(float(s.log_probs.sum()), len(s.log_probs), bool(s.greedy.all()))
         for s in score_rows(base, rows, batch_size)
@@ -85,7 +96,7 @@ def encode_pair(base: BaseModel, prompt: Prompt, continuation: str, where: str =
             before = base.tokenizer.encode(start) if start else []
             whole = base.tokenizer.encode(prompt + continuation)
     else:
-        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        chat = messages_of(prompt, where)
         before, whole = chats.encode_continuation(base.tokenizer, chat, continuation, where)
     differs = (number for number, (a, b) in enumerate(zip(before, whole)) if a != b)
     num_prompt = next(differs, min(len(before), len(whole)))

@@ -10,7 +10,8 @@ import pandas as pd
 
 from workbench.data.capitals import Capital
 from workbench.errors import DataError
-from workbench.evaluation.generation import Prompt, generate
+from workbench.evaluation.generation import generate
+from workbench.evaluation.prompts import Prompt
 from workbench.models.loading import BaseModel
 
 # The typewriter's, quotation marks used for it, and the Hawaiian and Tongan okina.

@@ -9,7 +9,7 @@ from itertools import product
 from string import ascii_uppercase
 from typing import ClassVar
 
-from workbench.evaluation.generation import Prompt
+from workbench.evaluation.prompts import Prompt
 from workbench.evaluation.scoring import contains_answer, normalise
 
 CHOOSE_BY = ("text", "likelihood", "likelihood_for_length")

@@ -30,7 +30,7 @@ from string import ascii_uppercase
 from workbench.data.chats import check_messages
 from workbench.data.rows import read_rows, text_of
 from workbench.errors import DataError
-from workbench.evaluation.generation import Prompt
+from workbench.evaluation.prompts import Prompt
 from workbench.evaluation.scoring import normalise
 from workbench.evaluation.suite_rows import (
     CHOOSE_BY,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,10 @@ class _Wish:
 
     def __post_init__(self):
         check_whole("max_shard_bytes", self.max_shard_bytes, 1)
-        if isinstance(self.prompts, str) or not self.prompts:
-            raise ConfigError(f"prompts must be a list of questions, got {self.prompts!r}")
+        asked = self.prompts if isinstance(self.prompts, list | tuple) else ()
+        if not asked or not all(isinstance(prompt, str | Sequence) for prompt in asked):
+            got = reprlib.repr(self.prompts)
+            raise ConfigError(f"prompts must be a list of questions, got {got}")
 
 
 def _put(base: BaseModel, place: Path, wish: _Wish) -> FusedModel:

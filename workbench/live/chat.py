@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import reprlib
 import time
 from collections.abc import Generator, Sequence
 
-from workbench.errors import ConfigError, WorkbenchError, check_number, check_whole
+from workbench.errors import ConfigError, DataError, WorkbenchError, check_number, check_whole
 from workbench.live.conversation import (
     Conversation,
     Transcript,
@@ -58,13 +59,20 @@ def chat(
     conversation = Conversation(base, system)
     if questions is None:
         return ChatCell(conversation, adapter, settings)
-    for question in [questions] if isinstance(questions, str) else questions:
+    for question in _texts(questions):
         turn = Turn(question)
         for side in sides:
             for _ in conversation.answer(turn, side, **settings):
                 pass
         conversation.turns.append(turn)
     return conversation.turns
+
+
+def _texts(questions: object) -> list[str]:
+    asked = [questions] if isinstance(questions, str) else questions
+    if not isinstance(asked, Sequence) or not all(isinstance(text, str) for text in asked):
+        raise DataError(f"questions must be texts, got {reprlib.repr(questions)}")
+    return list(asked)
 
 
 class ChatCell:

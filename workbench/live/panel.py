@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 
 from workbench.errors import ConfigError, TrainingError, WorkbenchError, check_whole
-from workbench.evaluation.generation import Prompt
+from workbench.evaluation.prompts import Prompt
 from workbench.live.history import History
 from workbench.live.outputs import has_reader, kernel_shell
 from workbench.live.pace import Forecast, times_between

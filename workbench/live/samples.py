@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from workbench.errors import RunError, check_whole
-from workbench.evaluation.generation import Prompt, encode_prompt, generate, is_single
+from workbench.evaluation.generation import encode_prompt, generate
+from workbench.evaluation.prompts import Prompt, is_single
 from workbench.live.outputs import literal
 from workbench.live.tiles import FONT, TRACK, WIDTH
 from workbench.models.loading import BaseModel

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 
 from workbench.errors import ConfigError
-from workbench.evaluation.behaviour import evaluate_suites
+from workbench.evaluation.behaviour import Source, evaluate_suites
 from workbench.evaluation.report import BehaviourReport
 from workbench.evaluation.suites import Suite
 from workbench.models.loading import BaseModel
@@ -16,7 +15,7 @@ from workbench.tuning.lora import adapter_disabled, has_adapter
 
 def run_suites(
     base: BaseModel,
-    source: str | os.PathLike | Sequence[Suite],
+    source: Source | Suite | Sequence[Source | Suite],
     *,
     compare_with_base: bool | None = None,
     baseline: BaseModel | None = None,
@@ -27,14 +26,15 @@ def run_suites(
 
     Args:
         base: a loaded model, trained or not.
-        source: a suite's .jsonl file (see `evaluation.suites`), a folder of them, or suites.
+        source: a suite's .jsonl file (see `evaluation.suites`), a folder of them, what
+            `read_suites` gives, or a list of these.
         compare_with_base: answer every row with the adapter switched off, too; None: if there is
             an adapter.
         baseline: another model to compare with, instead.
         threshold, batch_size: as for `evaluate_suites`.
 
     Raises:
-        ConfigError: a comparison without an adapter to switch off.
+        ConfigError: a comparison without an adapter to switch off, or a source that is none.
         DataError: a row cannot be read or asked; names file and line.
     """
     adapted = has_adapter(base.model)

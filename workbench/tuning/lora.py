@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from workbench.errors import ConfigError, check_number, check_whole
+from workbench.errors import ConfigError, check_number, check_seed, check_whole
 from workbench.models.structure import find_layers, module_at
 from workbench.tuning.lora_layers import DoRALinear, LoRALinear
 
@@ -34,8 +34,8 @@ class LoRAConfig:
     use_dora: bool = False  # a trained length for each row of the weight (`DoRALinear`)
 
     def __post_init__(self):
-        check_whole("rank", self.rank, 1)
-        check_whole("seed", self.seed, 0)
+        check_whole("rank", self.rank, 1, LARGEST_RANK)
+        check_seed("seed", self.seed)
         check_number("alpha", self.alpha, 0)
         check_number("dropout", self.dropout, 0)
         if self.alpha == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 
 import mlx.nn as nn
 import yaml
@@ -39,6 +40,11 @@ def write_mlx_lm_yaml(
         ConfigError: a setting has no equal in mlx-lm.
         FileFormatError: the file cannot be written.
     """
+    if not isinstance(run, MlxLmRun):
+        raise ConfigError(
+            f"a run must be an MlxLmRun, got {reprlib.repr(run)}",
+            cure="wb.MlxLmRun(train, lora) makes one of a TrainConfig and a LoRAConfig.",
+        )
     _require_equals(run.train)
     content = {**_about(run), **_loop(run.train), "lora_parameters": _lora(run.lora, network)}
     content = {name: value for name, value in content.items() if value is not None}

@@ -34,7 +34,7 @@ class Observers:
         self._members: list[Observer] = []
         self._accum = grad_accum_steps
         self._counted = self._trained_tokens = 0  # reports, and their supervised targets
-        alone = callable(members) or _is_callback(members)
+        alone = callable(members) or _is_callback(members) or not isinstance(members, Iterable)
         for member in [members] if alone else members:
             self.add(member)
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from workbench.data.stories import story_corpus
 from workbench.data.text_tokenizers import make_tokenizer
 from workbench.data.texts import Corpus, read_corpus, text_dataset
-from workbench.errors import ConfigError, check_whole
+from workbench.errors import ConfigError, check_seed, check_whole
 from workbench.models.llama import Llama
 from workbench.models.llama_config import LlamaConfig
 from workbench.models.loading import BaseModel
@@ -81,7 +81,7 @@ def pretrain(
         ConfigError: a setting is out of range, or the network has too few rows or positions.
         RunError: the folder's run is another.
     """
-    check_whole("seed", seed, 0)
+    check_seed("seed", seed)
     corpus = _corpus(text, seed)
     words = _tokenizer(tokenizer, corpus.train, model, vocab_size)
     model = model or NanoChatConfig(**DEFAULT_SIZES, vocab_size=len(words))
