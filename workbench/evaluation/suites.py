@@ -34,7 +34,6 @@ from workbench.evaluation.prompts import Prompt
 from workbench.evaluation.scoring import normalise
 from workbench.evaluation.suite_rows import (
     CHOOSE_BY,
-    REFUSALS,
     ChoiceRow,
     FreeRow,
     Phrase,
@@ -139,8 +138,8 @@ def _row(row: Row, shared: Row, where: str) -> SuiteRow:
         expect = row.get("expect")
         if expect not in ("refuse", "answer"):
             raise DataError(f"'expect' must be refuse or answer, got {expect!r}", where=where)
-        phrases = shared.get("phrases", REFUSALS)
-        return RefusalRow(**known, must_refuse=expect == "refuse", phrases=phrases)
+        must_refuse = expect == "refuse"
+        return RefusalRow(**known, must_refuse=must_refuse, phrases=shared.get("phrases"))
     if kind == "choice":
         return _choice(row, shared, known, where)
     found = {key: _phrases(row, key, where) for key in FIELDS["free"] if key in row}
