@@ -1,6 +1,7 @@
 """An adapter knows its base by its numbers, in whatever precision, and is refused on another."""
 
 import base64
+import json
 import warnings
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ from tests.toy_adapters import CONFIG, TOKENS, adapted, same
 from workbench.errors import AdapterWarning, FileFormatError, WeightsError
 from workbench.export.adapters import adapter_weights, load_adapter, save_adapter
 from workbench.export.base_sketch import KEY
-from workbench.models.files import read_safetensors, write_safetensors
+from workbench.models.files import read_json, read_safetensors, write_safetensors
 from workbench.models.safetensors_header import read_metadata
 from workbench.probes.parameters import changed, fingerprint
 
@@ -72,6 +73,37 @@ def test_the_same_base_in_few_bits_is_used_with_a_warning(saved, bits):
         load_adapter(base, saved)
     known = save_adapter(base, saved.parent / "again", "mlx-lm")  # the base as it is in few bits
     load_adapter(base, known)
+
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@each_layout
+def test_a_built_in_model_is_named_as_on_the_hub(tmp_path, layout):
+    base = adapted()
+    base.name = "smollm2-135m"
+    save_adapter(base, tmp_path, layout)
+    key = {"mlx-lm": "model", "peft": "base_model_name_or_path"}[layout]
+    assert read_json(tmp_path / "adapter_config.json")[key] == HUB_ID
+    assert f"base_model: {HUB_ID}\n" in (tmp_path / "README.md").read_text()
+    assert f"adapter for {HUB_ID}" in (tmp_path / "README.md").read_text()
+
+
+@each_layout
+@pytest.mark.parametrize("named", ["smollm2-135m", HUB_ID, "mine/smollm2-135m-instruct"])
+@pytest.mark.parametrize("called", ["smollm2-135m", HUB_ID, "models/SmolLM2-135M-Instruct"])
+def test_both_names_of_a_built_in_model_are_the_same(saved, layout, named, called):
+    key = {"mlx-lm": "model", "peft": "base_model_name_or_path"}[layout]
+    config = {**read_json(saved / "adapter_config.json"), key: named}
+    (saved / "adapter_config.json").write_text(json.dumps(config))
+    weights = saved / WEIGHTS[layout]
+    write_safetensors(weights, read_safetensors(weights))  # without a sketch, names are compared
+    base = toy_base()
+    base.name = called
+    load_adapter(base, saved)
+    base.name = "another/model-135M"
+    with pytest.warns(AdapterWarning, match="was made for"):
+        load_adapter(base, saved)
 
 
 def test_an_adapter_on_one_layer_keeps_as_many_numbers(tmp_path):

@@ -22,6 +22,7 @@ TINY = PackagedModel(
     sha256=hashlib.sha256(CONTENT).hexdigest(),
     size_bytes=len(CONTENT),
     license="Apache-2.0",
+    hub_id="org/tiny",
 )
 FETCH_TINY = f"""
 import hashlib

@@ -18,6 +18,7 @@ import numpy as np
 
 from workbench.errors import AdapterWarning, FileFormatError, WeightsError
 from workbench.models.loading import BaseModel
+from workbench.models.sources import hub_name
 from workbench.models.structure import module_at
 from workbench.tuning.lora_layers import linear_dims, plain_weight
 
@@ -108,7 +109,8 @@ def _warn_of_another_name(base: BaseModel, named: object, where: object) -> None
     if not isinstance(named, str) or not named:
         return
     ours = (base.name, str(base.path), base.raw_config.get("_name_or_path"))
-    if _last_part(named) not in {_last_part(name) for name in ours if isinstance(name, str)}:
+    known = {part for name in ours if isinstance(name, str) for part in _last_parts(name)}
+    if not known & _last_parts(named):
         warnings.warn(
             f"{where}: was made for {named[:200]!r}; this is {base.name!r}. Every shape fits; "
             "whether the numbers do, only that model can tell.",
@@ -117,5 +119,7 @@ def _warn_of_another_name(base: BaseModel, named: object, where: object) -> None
         )
 
 
-def _last_part(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
+def _last_parts(name: str) -> set[str]:
+    """What a model is called without its owner or place; a built-in one has two names."""
+    names = (name, hub_name(name))
+    return {each.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold() for each in names}

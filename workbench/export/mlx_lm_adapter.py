@@ -22,6 +22,7 @@ from workbench.export.base_sketch import require_base, sketch
 from workbench.models.files import read_json, read_safetensors
 from workbench.models.loading import BaseModel
 from workbench.models.safetensors_header import read_metadata
+from workbench.models.sources import hub_name
 from workbench.tuning.lora import ALL_LINEAR, LARGEST_RANK, Adapter, LoRAConfig
 
 WEIGHTS_NAME = "adapters.safetensors"
@@ -31,7 +32,7 @@ def write(base: BaseModel, attached: Attached, folder: Path) -> None:
     """Write the attached adapter; `mlx_lm.generate --adapter-path` and `mlx_lm.fuse` read it."""
     config = {
         "fine_tune_type": "dora" if attached.use_dora else "lora",
-        "model": base.name,
+        "model": hub_name(base.name),  # for a reader: mlx-lm takes its own --model
         "num_layers": attached.num_layers,
         "lora_parameters": {
             "rank": attached.rank,

@@ -20,7 +20,7 @@ from workbench.export.attached import Attached
 from workbench.models.files import read_json, replacing
 from workbench.models.loading import BaseModel
 from workbench.models.regular_files import open_regular
-from workbench.models.sources import HUB_ID, PACKAGED_MODELS
+from workbench.models.sources import HUB_ID, PACKAGED_MODELS, hub_name
 from workbench.runs.store import CONFIG_NAME, METRICS_NAME, read_rows
 
 CARD_NAME = "README.md"
@@ -120,7 +120,9 @@ def escaped_name(base: BaseModel) -> str:
 
 
 def _name(base: BaseModel) -> str:
-    """The base model's name; of a place on this machine, its last part only."""
+    """The base model's name on the hub; of a place on this machine, its last part only."""
+    if base.name in PACKAGED_MODELS:
+        return hub_name(base.name)
     is_place = os.path.isabs(os.path.expanduser(base.name)) or os.path.exists(base.name)
     return Path(base.name).name if is_place else base.name
 

@@ -32,6 +32,7 @@ from workbench.models.files import read_json, read_safetensors, weight_files
 from workbench.models.llama import Llama
 from workbench.models.loading import BaseModel
 from workbench.models.safetensors_header import read_header, read_metadata
+from workbench.models.sources import hub_name
 from workbench.models.structure import find_layers
 from workbench.tuning.lora import Adapter
 from workbench.tuning.lora_layers import LoRALinear, linear_dims
@@ -64,7 +65,7 @@ def _config(base: BaseModel, attached: Attached) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name,
+        "base_model_name_or_path": hub_name(base.name),
         "revision": None,
         "inference_mode": True,
         "r": attached.rank,

@@ -41,6 +41,7 @@ class PackagedModel:
     sha256: str  # of the member
     size_bytes: int
     license: str
+    hub_id: str  # of the same model on the hub, in more bits
 
     @property
     def file_name(self) -> str:
@@ -56,6 +57,7 @@ PACKAGED_MODELS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size_bytes=98_362_432,
         license="Apache-2.0",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 
@@ -82,6 +84,11 @@ def find_model(source: str | os.PathLike) -> Path:
     if path.suffix != ".gguf" and not path.is_absolute() and HUB_ID.fullmatch(name):
         return _fetch_hub(name)
     raise _unknown(name)
+
+
+def hub_name(name: str) -> str:
+    """A model's name as other tools know it: a built-in one's id on the hub, any other as it is."""
+    return PACKAGED_MODELS[name].hub_id if name in PACKAGED_MODELS else name
 
 
 def _unknown(name: str) -> SourceError:
