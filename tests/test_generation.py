@@ -11,7 +11,7 @@ from tests.toy_training import toy_trainer
 from workbench.data.datasets import Dataset
 from workbench.data.examples import encode_row
 from workbench.errors import DataError
-from workbench.evaluation import generation
+from workbench.evaluation import decoding, generation
 from workbench.evaluation.generation import (
     SamplingConfig,
     encode_prompt,
@@ -125,7 +125,7 @@ def test_cached_equals_uncached(base):
 def test_chunked_prefill_changes_no_token(base, monkeypatch, chunk):
     prompts = ["a rather long prompt " * 6, "and one that is shorter " * 3]
     whole = generate(base, prompts, max_tokens=16)
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", chunk)
     assert generate(base, prompts, max_tokens=16) == whole
 
 
@@ -170,9 +170,9 @@ def batch_of(base, encoded, sampling):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("share", [0.01, generation.DROP_SHARE, 2.0])
+@pytest.mark.parametrize("share", [0.01, decoding.DROP_SHARE, 2.0])
 def test_rows_that_end_early_leave_the_batch_and_change_no_token(monkeypatch, share, seed):
-    monkeypatch.setattr(generation, "DROP_SHARE", share)
+    monkeypatch.setattr(decoding, "DROP_SHARE", share)
     base = toy_base(seed)
     encoded = [encode_prompt(base, prompt) for prompt in RAGGED]
     sampling = SamplingConfig(max_tokens=40)
@@ -191,8 +191,8 @@ def test_samples_do_not_change_when_ended_rows_leave(monkeypatch, top_p):
     encoded = [encode_prompt(base, prompt) for prompt in RAGGED]
     sampling = SamplingConfig(max_tokens=40, temperature=1.5, top_p=top_p, seed=5)
     with_early_ends(base, encoded, sampling)
-    for share in (0.01, generation.DROP_SHARE, 2.0):
-        monkeypatch.setattr(generation, "DROP_SHARE", share)
+    for share in (0.01, decoding.DROP_SHARE, 2.0):
+        monkeypatch.setattr(decoding, "DROP_SHARE", share)
         results.append(batch_of(base, encoded, sampling))
     assert results[0][0] == results[1][0] == results[2][0]
     assert results[0][1][-1] < results[2][1][-1] == len(RAGGED)

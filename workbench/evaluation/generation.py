@@ -12,14 +12,10 @@ import mlx.nn as nn
 
 from workbench.data import chats
 from workbench.errors import ConfigError, DataError, check_number, check_seed, check_whole
+from workbench.evaluation.decoding import BatchDecoder, KeptPrompt
 from workbench.evaluation.prompts import Prompt, is_single, messages_of
 from workbench.models.decoder import Decoder
 from workbench.models.loading import BaseModel, embedding_rows
-
-# Prompt tokens that go through the network at once. Attention computes the scores of a whole chunk
-# against all keys up to its end, so a longer one spends more on scores that the mask hides.
-PREFILL_CHUNK = 128
-DROP_SHARE = 0.25  # of the rows that are decoded; dropping copies the others' keys and values
 
 
 @dataclass(frozen=True)
@@ -97,10 +93,15 @@ def generate_answers(
     return answers
 
 
-def stream(base: BaseModel, prompt: Prompt, **settings: object) -> Iterator[str]:
-    """Yield the answer to one prompt piece by piece, as `generate` would return it whole."""
+def stream(
+    base: BaseModel, prompt: Prompt, *, kept: KeptPrompt | None = None, **settings: object
+) -> Iterator[str]:
+    """Yield the answer to one prompt piece by piece, as `generate` would return it whole.
+
+    What `kept` holds of the prompt from an earlier one is not computed again.
+    """
     sampling, ids, shown = SamplingConfig(**settings), [], ""
-    for (token,) in generate_tokens(base, [encode_prompt(base, prompt)], sampling):
+    for (token,) in generate_tokens(base, [encode_prompt(base, prompt)], sampling, kept):
         ids.append(token)
         text = base.tokenizer.decode(ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # half of a character: wait for its other bytes
@@ -146,16 +147,19 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 
 def generate_tokens(
-    base: BaseModel, prompts: Sequence[Sequence[int]], sampling: SamplingConfig
+    base: BaseModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    kept: KeptPrompt | None = None,
 ) -> Iterator[list[int | None]]:
     """Decode a batch of token prompts; yields one step's tokens, None for rows that have ended.
 
     Rows of different lengths are padded on the left, which only our own networks understand;
-    for other models the prompts must be of one length.
+    for other models the prompts must be of one length. `kept` is for one prompt alone.
     """
     longest = max(len(ids) for ids in prompts)
     num_steps = min(sampling.max_tokens, room(base) - longest)
-    decode = _Decoder(base.model, prompts, capacity=longest + num_steps)
+    decode = BatchDecoder(base.model, prompts, longest + num_steps, kept)
     key = mx.random.key(sampling.seed)
     running = set(range(len(prompts)))
     with evaluating(base.model):
@@ -210,63 +214,6 @@ def _choose_rows(
     whole, rows = mx.zeros((total, logits.shape[1]), dtype=logits.dtype), mx.array(rows)
     whole[rows] = logits
     return choose(whole, sampling, key)[rows]
-
-
-class _Decoder:
-    """A batch of prompts on its way through a network with a KV cache.
-
-    Rows that have ended are dropped from the batch once they are DROP_SHARE of it; other
-    architectures than ours keep them to the end, and their tokens are ignored.
-    """
-
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], capacity: int):
-        longest = max(len(ids) for ids in prompts)
-        missing = [longest - len(ids) for ids in prompts]
-        self.model, self.padding = model, mx.array(missing) if any(missing) else None
-        self.tokens = mx.array([[0] * gap + list(ids) for gap, ids in zip(missing, prompts)])
-        self.rows = list(range(len(prompts)))  # prompts that are still in the batch
-        if isinstance(model, Decoder):
-            self.cache = model.make_cache(capacity)
-        else:
-            from mlx_lm.models.cache import make_prompt_cache
-
-            self.cache = make_prompt_cache(model)
-
-    def prefill(self) -> mx.array:
-        """Logits (B, V) after the prompts, which go through the network in chunks."""
-        for start in range(0, self.tokens.shape[1], PREFILL_CHUNK):
-            logits = self._forward(self.tokens[:, start : start + PREFILL_CHUNK])
-            # Of all chunks but the last only the keys and values are needed, and computed.
-            mx.eval([layer_cache.state for layer_cache in self.cache])
-        return logits
-
-    def next(self, tokens: mx.array, running: set[int]) -> mx.array:
-        """Logits (rows, V) after one more token (rows,) each.
-
-        Args:
-            tokens: one for each of `rows`, as they are before the call.
-            running: prompts that have not ended; the others may be dropped from `rows`.
-        """
-        num_ended = len(self.rows) - len(running)
-        if num_ended >= DROP_SHARE * len(self.rows) and isinstance(self.model, Decoder):
-            kept = [place for place, row in enumerate(self.rows) if row in running]
-            tokens = tokens[mx.array(kept)]
-            self._keep(kept)
-        return self._forward(tokens[:, None])
-
-    def _keep(self, places: list[int]) -> None:
-        self.rows = [self.rows[place] for place in places]
-        index = mx.array(places)
-        for layer_cache in self.cache:
-            layer_cache.keep_rows(index)
-        if self.padding is not None:
-            self.padding = self.padding[index]
-
-    def _forward(self, tokens: mx.array) -> mx.array:
-        if isinstance(self.model, Decoder):
-            hidden_states = self.model.backbone(tokens, self.cache, self.padding)
-            return self.model.head(hidden_states[:, -1])
-        return self.model(tokens, cache=self.cache)[:, -1]
 
 
 def room(base: BaseModel) -> int:

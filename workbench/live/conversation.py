@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from workbench.errors import ConfigError
+from workbench.evaluation.decoding import KeptPrompt
 from workbench.evaluation.generation import stream
 from workbench.live.outputs import HTML, TEXT, literal, visible
 from workbench.live.tiles import ALARM, FONT, GROUND, WIDTH
@@ -72,6 +73,7 @@ class Conversation:
     def __init__(self, base: BaseModel, system: str = ""):
         self.base, self.turns = base, Transcript()
         self._system = [{"role": "system", "content": system}] if system else []
+        self._kept = {ON: KeptPrompt(), OFF: KeptPrompt()}  # so that no turn is computed twice
 
     def answer(self, turn: Turn, side: str, **settings: object) -> Iterator[None]:
         """Answer a turn's question on one side, a piece with each step of the iterator.
@@ -85,10 +87,15 @@ class Conversation:
         messages = [*self._system, *self.turns.messages(side), question]
         settings = {"seed": len(self.turns), **settings}
         off = adapter_disabled(self.base.model) if side == OFF else contextlib.nullcontext()
-        with off, contextlib.closing(stream(self.base, messages, **settings)) as pieces:
+        with off, contextlib.closing(self._pieces(messages, side, settings)) as pieces:
             for piece in pieces:
                 turn.answers[side] = turn.answers.get(side, "") + piece
                 yield
+
+    def _pieces(
+        self, messages: Sequence[dict[str, str]], side: str, settings: dict[str, object]
+    ) -> Iterator[str]:
+        return stream(self.base, messages, kept=self._kept[side], **settings)
 
 
 def sides_of(base: BaseModel, adapter: str) -> tuple[str, ...]:

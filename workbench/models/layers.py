@@ -48,6 +48,14 @@ class KVCache:
         """The buffers of keys and values, to be evaluated."""
         return self.keys, self.values
 
+    def is_trimmable(self) -> bool:
+        """Whether the last positions can be forgotten; they can."""
+        return True
+
+    def trim(self, count: int) -> None:
+        """Forget the last positions."""
+        self.offset -= count
+
     def keep_rows(self, rows: mx.array) -> None:
         """Drop all but these rows of the batch; `rows` are their numbers, in the new order."""
         self.keys, self.values = self.keys[rows], self.values[rows]
