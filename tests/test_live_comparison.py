@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -19,6 +21,7 @@ from workbench.live import comparison
 from workbench.live.comparison import draw_heat_map, draw_runs
 from workbench.live.history import History
 from workbench.live.runs import read_reports
+from workbench.runs.grids import folder_name
 from workbench.runs.results import record_results
 from workbench.runs.table import runs
 
@@ -94,6 +97,23 @@ def test_other_curves_and_labels(table, drawn):
     assert drawn["title"] == "Tokens per second of 2 runs"
     draw_runs(table.head(1), labels=[])
     assert list(drawn["lines"]) == ["rank-16-0.0001"]
+
+
+def test_no_curve_is_lost_where_labels_are_cut(tmp_path, drawn):
+    settings = {"source": "smollm2-135m-instruct", "number_of_capitals": 120}
+    for rank, rate, layers, seed in itertools.product([1, 4], [1e-3, 3e-3], [16, 32], [0, 1]):
+        own = {"rank": rank, "learning_rate": rate, "layers_that_are_trained": layers, "seed": seed}
+        folder = toy_run(tmp_path / folder_name(settings | own))
+        write_job(folder, parameters=settings | own)
+    table = runs(tmp_path)
+    draw_runs(table)
+    assert len(drawn["lines"]) == 16
+    assert "rank 4, learning rate 0.003, layers that are trained 32, see (2)" in drawn["lines"]
+    draw_runs(table, labels=["learning_rate"])
+    assert len(drawn["lines"]) == 16
+    draw_runs(pd.concat([table, table]), labels=[])
+    assert len(drawn["lines"]) == 32
+    assert max(map(len, drawn["lines"])) < 70
 
 
 def test_a_folder_is_drawn_and_hostile_names_are_only_text(tmp_path, drawn):

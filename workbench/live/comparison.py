@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
@@ -40,7 +40,7 @@ from workbench.runs.table import as_table, column_of, compare_configs
 COLORS = (BLUE, ORANGE, GREEN, VIOLET, YELLOW, RED)
 SHADES = "viridis"  # of more curves than colours, from the highest end to the lowest
 DARKEST, LIGHTEST = 0.25, 0.9  # of those shades: both ends must read on both grounds
-MAX_CURVES, MAX_CELLS, MAX_LABELS = 48, 30, 3
+MAX_CURVES, MAX_CELLS, MAX_LABELS = 48, 30, 4
 LABEL = 60  # characters
 CURVES = {  # y → column of a run's history, and what its axis says
     "loss": ("smooth loss", "loss, smoothed (nats)"),
@@ -64,7 +64,7 @@ def draw_runs(
         table: of `wb.runs`, or rows of it, at most 48; or the folder that the runs are in.
         y: loss, valid_loss, learning_rate, grad_norm, tokens_per_second, peak_bytes or
             process_bytes; loss, norm and throughput are smoothed as in the live chart.
-        labels: columns that name a run; default: the first three parameters that differ.
+        labels: columns that name a run; default: the first four parameters that differ.
 
     Raises:
         ConfigError: the table, y or a label is something else, or there is nothing to draw.
@@ -114,10 +114,22 @@ def _names(table: pd.DataFrame, labels: str | Sequence[str] | None) -> list[str]
         for _, row in table.iterrows()
     ]
     again = pd.Series(names, dtype=object).duplicated(keep=False)
-    return [
+    return _numbered(
         f"{name} · {own}".strip(" ·")[:LABEL] if twice or not name else name[:LABEL]
         for name, own, twice in zip(names, table["name"], again)
-    ]
+    )
+
+
+def _numbered(names: Iterable[str]) -> list[str]:
+    """Texts that are cut already; those that are then the same get a number."""
+    found: dict[str, None] = {}
+    for name in names:
+        own, number = name, 1
+        while own in found:
+            number += 1
+            own = f"{name} ({number})"
+        found[own] = None
+    return list(found)
 
 
 def short_name(column: str) -> str:
