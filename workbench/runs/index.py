@@ -8,46 +8,26 @@ wants the table brings it up to date, and several processes may do so at once.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sqlite3
 import stat
 import warnings
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from workbench.errors import IndexWarning
+from workbench.runs.index_rows import CREATE, FIELDS, SELECT, VERSION, as_records, as_row
 from workbench.runs.records import Record, find_runs, printable, read_record, stamp_of
 
 INDEX_NAME = "index.sqlite"
 OWN = 0x4D4C5752  # SQLite's application_id of our files
-VERSION = 1  # of the columns
 WAIT_SECONDS = 5.0  # for another process that writes
 BATCH = 200  # runs that are read, and then written together
 READ_ONLY = {"SQLITE_READONLY", "SQLITE_CANTOPEN"}
 BUSY = {"SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL"}
 FULL = {"SQLITE_FULL", "SQLITE_IOERR"}
-TEXTS = {"name", "stamp", "problem", "job_state", "names", "values_"}
-COUNTS = {"steps", "num_results"}
-WHOLE = {"total_steps", "best_step", "peak_bytes", "process_bytes"}
-FIELDS = (*Record._fields[:-1], "values_")  # VALUES is a word of SQL; names and they are JSON
-PLAIN = {str, int, float, bool, type(None)}
-CREATE = f"CREATE TABLE run ({', '.join(FIELDS)}, digest, PRIMARY KEY (name))"
-
-
-def _typed(column: str) -> str:
-    """A column as the type that it must have, whatever the file holds."""
-    if column in TEXTS:
-        return f"COALESCE(CAST({column} AS TEXT), '')"
-    if column in COUNTS:
-        return f"COALESCE(CAST({column} AS INTEGER), 0)"
-    return f"CAST({column} AS {'INTEGER' if column in WHOLE else 'REAL'})"
-
-
-SELECT = f"SELECT {', '.join(map(_typed, FIELDS))} FROM run"
 
 
 class _ForeignError(Exception):
@@ -123,7 +103,7 @@ class Index:
     def records(self) -> dict[str, Record]:
         """What the index knows, by name."""
         try:
-            return _as_records(self._execute(SELECT))
+            return as_records(self._execute(SELECT))
         except sqlite3.Error as error:
             self._mend(error)
         return {}
@@ -138,10 +118,9 @@ class Index:
 
     def write(self, rows: Iterable[tuple[Record, str]]) -> None:
         """Keep records and digests."""
-        places = ", ".join("?" * (len(FIELDS) + 1))
         self._change(
-            f"INSERT OR REPLACE INTO run VALUES ({places})",
-            [(*_as_row(record), digest) for record, digest in rows if record.stamp],
+            f"INSERT OR REPLACE INTO run VALUES ({', '.join('?' * len(FIELDS))})",
+            [as_row(record, digest) for record, digest in rows if record.stamp],
         )
 
     def remove(self, names: Iterable[str]) -> None:
@@ -149,20 +128,22 @@ class Index:
         self._change("DELETE FROM run WHERE name = ?", [(name,) for name in names])
 
     def _execute(self, sql: str, values: tuple = ()) -> list[tuple]:
-        return self._connection.execute(sql, values).fetchall() if self._connection else []
+        with _readable_errors():
+            return self._connection.execute(sql, values).fetchall() if self._connection else []
 
     def _change(self, sql: str, rows: list[tuple]) -> None:
         """All of the rows, or none of them."""
         if not (self._connection and self._writes and rows):
             return
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.executemany(sql, rows)
-            self._connection.execute("COMMIT")
+            self._execute("BEGIN IMMEDIATE")
+            with _readable_errors():
+                self._connection.executemany(sql, rows)
+            self._execute("COMMIT")
         except sqlite3.Error as error:
             self._writes = False
             with contextlib.suppress(sqlite3.Error):
-                self._connection.execute("ROLLBACK")
+                self._execute("ROLLBACK")
             self._mend(error)
 
     def _open(self) -> None:
@@ -183,7 +164,7 @@ class Index:
         tables, own = self._schema(), self._execute("PRAGMA application_id")[0][0]  # in this order
         if own != OWN and tables:
             raise _ForeignError("is another program's database")
-        if own == OWN and tables == [CREATE]:
+        if own == OWN and self._is_usual():
             return
         with contextlib.suppress(sqlite3.OperationalError):  # another process is about to
             self._execute("PRAGMA journal_mode = WAL")
@@ -192,7 +173,7 @@ class Index:
             for sql in (CREATE, f"PRAGMA application_id = {OWN}", f"PRAGMA user_version={VERSION}"):
                 self._execute(sql)
         self._execute("COMMIT")
-        if self._schema() != [CREATE]:
+        if not self._is_usual():
             raise sqlite3.DatabaseError("it has other columns")
 
     def _connect(self, options: str) -> None:
@@ -205,6 +186,10 @@ class Index:
     def _schema(self) -> list[str]:
         return [sql for (sql,) in self._execute("SELECT sql FROM sqlite_master") if sql]
 
+    def _is_usual(self) -> bool:
+        version = self._execute("PRAGMA user_version")[0][0]
+        return self._schema() == [CREATE] and version == VERSION
+
     def _mend(self, error: sqlite3.Error) -> None:
         """Move a damaged file aside and begin anew; else do without."""
         self._close()
@@ -216,7 +201,7 @@ class Index:
                     self._open()  # another process may have mended it
                     if self._execute("PRAGMA integrity_check(1)") != [("ok",)]:
                         raise sqlite3.DatabaseError("it is damaged")
-                    _as_records(self._execute(SELECT))
+                    as_records(self._execute(SELECT))
                 except (sqlite3.Error, _ForeignError):
                     self._close()
                     for end in ("-wal", "-shm"):  # of the damaged one: no other file's
@@ -251,26 +236,10 @@ def _kind(error: sqlite3.Error) -> str:
     return "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
 
 
-def _as_records(rows: list[tuple]) -> dict[str, Record]:
-    """Rows as records by name.
-
-    Raises:
-        sqlite3.DatabaseError: they hold something else.
-    """
+@contextlib.contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Errors of SQLite as such, also where their text has bytes from a damaged file in it."""
     try:
-        names = {text: tuple(json.loads(text)) for text in {row[-2] for row in rows}}
-        values = json.loads(f"[{','.join([row[-1] for row in rows])}]")  # at once: it is faster
-        fits = len(values) == len(rows) and all(
-            type(own) is list and len(own) == len(names[row[-2]]) for own, row in zip(values, rows)
-        )
-        kinds = set(map(type, chain.from_iterable(values)))
-        fits = fits and set(map(type, chain.from_iterable(names.values()))) <= {str}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise sqlite3.DatabaseError(f"a row is damaged: {error}") from None
-    if not fits or not kinds <= PLAIN:
-        raise sqlite3.DatabaseError("a row is damaged")
-    return {row[0]: Record(*row[:-2], names[row[-2]], own) for row, own in zip(rows, values)}
-
-
-def _as_row(record: Record) -> tuple:
-    return (*record[:-2], json.dumps(record.names), json.dumps(record.values))
+        yield
+    except UnicodeDecodeError as error:
+        raise sqlite3.DatabaseError(f"its own texts are damaged: {error}") from None
