@@ -19,7 +19,7 @@ from tests.toy_runs import toy_run
 from workbench.errors import IndexWarning
 from workbench.runs import index
 from workbench.runs.index import INDEX_NAME
-from workbench.runs.table import runs
+from workbench.runs.table import compare_configs, runs
 
 NAMES = ["a", "b", "c"]
 APPEND = """
@@ -234,8 +234,10 @@ def test_what_is_no_file_is_left_alone(root, make):
     path = root / INDEX_NAME
     path.unlink()
     make(path)
-    with pytest.warns(IndexWarning, match="not a regular file"):
-        assert is_whole(root)
+    for ask in (runs, compare_configs):
+        with pytest.warns(IndexWarning, match="not a regular file") as caught:
+            assert len(ask(root)) == 3
+        assert {warning.filename for warning in caught} == {__file__}
     assert not stat.S_ISREG(os.lstat(path).st_mode)
     assert not (root / "elsewhere").exists()
 
@@ -250,8 +252,11 @@ def test_a_locked_index_is_waited_for_and_done_without(root, kept, monkeypatch):
     holder.execute(kept)
     if "EXCLUSIVE" in kept:
         holder.execute("BEGIN EXCLUSIVE")
-    with pytest.warns(IndexWarning, match=r"index\.sqlite: is locked by another process.*End the"):
+    with pytest.warns(
+        IndexWarning, match=r"index\.sqlite: is locked by another process.*End the"
+    ) as caught:
         assert runs(root).steps.tolist() == [1, 2, 3, 4]
+    assert {warning.filename for warning in caught} == {__file__}
     holder.close()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -11,6 +11,7 @@ import contextlib
 import os
 import sqlite3
 import stat
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -223,12 +224,20 @@ class Index:
     def _say(self, what: str, cure: str) -> None:
         self._close()
         text = f"{self.path}: {what}. The runs' folders were read instead, which is slower. {cure}"
-        warnings.warn(text, IndexWarning, stacklevel=5)
+        warnings.warn(text, IndexWarning, stacklevel=_callers_level())
 
     def _close(self) -> None:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
+
+
+def _callers_level() -> int:
+    """The `stacklevel`, for who calls this, of the first frame that is not the workbench's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("workbench."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _kind(error: sqlite3.Error) -> str:
