@@ -132,6 +132,28 @@ def test_unknown_memory_is_learned_from_the_first_run(notebook, tmp_path):
         assert len(quick.jobs) == 4
 
 
+def test_a_run_that_failed_early_does_not_make_memory_known(notebook, tmp_path):
+    large = int(0.8 * machine_memory().available_bytes)
+
+    def answer(job):
+        early = JobResult("failed", 1.0, 1.0, 10, "ImportError: no such module", 2)
+        return early if job.parameters["a"] == 1 else JobResult("finished", 1.0, 1.0, large)
+
+    quick = Quick(answer, at_once=3)
+    for _ in range(2):  # the second sweep reads what the first one's folders say
+        states(Sweep(notebook, {"a": [1, 2, 3, 4]}, tmp_path / "out", executor=quick))
+        states(Sweep(notebook, {"a": [1, 5]}, tmp_path / "failed", executor=quick))
+    assert quick.most == 1
+
+    failed = JobResult("failed", 1.0, 1.0, large, "MemoryError", 2)
+    quick = Quick(lambda job: failed if job.parameters["a"] == 2 else FINISHED, at_once=3)
+    grid = {"a": [1, 2, 3, 4]}
+    states(Sweep(notebook, grid, tmp_path / "raised", executor=quick, retries=0))
+    again = Quick(at_once=3)
+    states(Sweep(notebook, {"a": [2, 7, 8]}, tmp_path / "raised", executor=again))
+    assert again.most == 1, "what a failed run took raises the estimate"
+
+
 def test_runs_that_do_not_fit_together_never_run_together(notebook, tmp_path):
     room = machine_memory().available_bytes
     needs = {1: 0.6, 2: 0.6, 3: 0.2, 4: 0.1}

@@ -17,8 +17,8 @@ class MemoryBudget:
 
     Args:
         need: bytes that each run takes, or a function of its parameters; None: what the largest
-            run so far took, so that the first one goes alone.
-        runs: of the sweep; those that have finished tell what they took.
+            run so far took, so that each goes alone until one has finished.
+        runs: of the sweep; those that ran before tell what they took.
 
     Raises:
         ConfigError: a run needs more than the machine has, or the need is no number of bytes.
@@ -26,16 +26,17 @@ class MemoryBudget:
 
     def __init__(self, need: MemoryNeed, runs: Iterable[SweepRun]):
         self._given: dict[int, int] = {}  # by the run's id()
-        self._largest = 0
+        self._largest, self._known = 0, False  # one that failed may have seen only a part
         self._room = _available()
         for run in runs:
-            self._largest = max(self._largest, run.result.peak_bytes)
+            self.learn(run)
             if need is not None and run.state != FINISHED:
                 self._given[id(run)] = self._checked(need, run)
 
     def learn(self, run: SweepRun) -> None:
         """Take in what a run was seen to need."""
         self._largest = max(self._largest, run.result.peak_bytes)
+        self._known |= run.state == FINISHED
 
     def fits(self, run: SweepRun, beside: Iterable[SweepRun]) -> bool:
         """Whether a run may start beside those that run; alone, each one may."""
@@ -48,7 +49,7 @@ class MemoryBudget:
         return known and (self._room is None or sum(needs) <= self._room)
 
     def _need(self, run: SweepRun) -> int | None:
-        return self._given.get(id(run)) or self._largest or None
+        return self._given.get(id(run)) or (self._known and self._largest) or None
 
     def _checked(self, need: int | Callable, run: SweepRun) -> int:
         value = need(dict(run.parameters)) if callable(need) else need

@@ -51,7 +51,8 @@ class Sweep:
         at_once: runs at the same time, which share the cores; not for an executor.
         retries: further attempts at a run that failed.
         memory: bytes a run takes, or a function of its parameters, such as
-            `lambda p: wb.plan_memory(…).peak_bytes`; None: what the largest so far took.
+            `lambda p: wb.plan_memory(…).peak_bytes`; None: what the largest so far took, each
+            alone until one has finished.
         executor: where the runs go: a dask client, "dask" or a scheduler's address (see
             `cluster`), or an `Executor`; None: this machine.
         seed: of the draw of `samples`.
