@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from pathlib import Path
 
 from workbench.errors import FileFormatError, RunError
 from workbench.models.files import read_json, write_json
+from workbench.runs.digest import open_plain
 from workbench.runs.jobs import JobResult
+from workbench.runs.records import MAX_NAME, printable
 from workbench.runs.store import JOB_NAME, METRICS_NAME, RESULTS_NAME
 
 WAITING, RUNNING, FINISHED, CANCELLED = "waiting", "running", "finished", "cancelled"
@@ -74,7 +77,11 @@ class SweepRun:
         """What the notebook recorded: numbers and strings of results.json; nothing if damaged."""
         with contextlib.suppress(FileFormatError):
             content = read_json(self.folder / RESULTS_NAME)
-            return {k: v for k, v in content.items() if isinstance(v, bool | int | float | str)}
+            return {
+                printable(name, MAX_NAME): _encodable(value) if isinstance(value, str) else value
+                for name, value in content.items()
+                if isinstance(value, bool | int | float | str)
+            }
         return {}
 
     def begin(self) -> None:
@@ -133,9 +140,9 @@ def read_sweep_run(folder: str | os.PathLike) -> SweepRun:
 
 def _last_row(path: Path) -> Mapping[str, object]:
     """The last whole row of a run's metrics; nothing where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        with open_plain(path) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
             lines = file.read(2 * TAIL_BYTES).split(b"\n")[:-1]
         row = json.loads(lines[-1]) if lines else {}
         return row if isinstance(row, dict) else {}
@@ -144,4 +151,9 @@ def _last_row(path: Path) -> Mapping[str, object]:
 
 def _is_finite(value: object) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    return is_number and abs(value) <= sys.float_info.max  # a whole number may be any
+
+
+def _encodable(text: str) -> str:
+    """A text that can be printed and sent: half of a surrogate pair cannot."""
+    return text.encode("utf-8", "replace").decode()

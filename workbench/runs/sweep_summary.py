@@ -6,10 +6,13 @@ import html
 import os
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from workbench.models.files import replacing
+from workbench.runs.records import PARAMETER, RESULT
 from workbench.runs.sweep_result import SUMMARY, SweepResult, read_sweep
+from workbench.runs.table import runs
 
 MAX_CURVES, MAX_MAPS = 40, 3
 MAX_VALUES = 30  # of a parameter, in a heat map
@@ -17,15 +20,24 @@ KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 READ = "import workbench as wb\n\nswept = wb.read_sweep('.')\nswept"
 FAILURES = """for run in swept.failures:
     print(f"{run.folder.name}: {run.result.error}\\n{run.result.traceback}\\n")"""
-CURVES = """from IPython.display import Image
+FIGURES = """from IPython.display import Image
 
 runs = wb.runs('.')
-Image(wb.draw_runs(runs[runs.steps > 0].head({most}), 'loss'))"""
-HEAT_MAP = "Image(wb.draw_heat_map(runs, {x!r}, {y!r}, {value!r}))"
+
+
+def figure(draw, *settings):
+    try:
+        return Image(draw(*settings))
+    except Exception as error:
+        print(f"Not drawn: {error}")"""  # whatever runs write, the rest of the summary is there
+CURVES = "figure(wb.draw_runs, runs[runs.steps > 0].head({most}), 'loss')"
+HEAT_MAP = "figure(wb.draw_heat_map, runs, {x!r}, {y!r}, {value!r})"
 
 
 def write_summary(root: str | os.PathLike) -> Path:
     """Write `summary.ipynb` into a sweep's folder: table, failures with tracebacks, figures.
+
+    A figure that cannot be drawn of what the runs wrote is left out; the notebook says why.
 
     Returns:
         the executed notebook, to be read by itself.
@@ -61,12 +73,15 @@ def _cells(swept: SweepResult) -> list[tuple[bool, str]]:
     ]
     if failed:
         cells += [(False, f"## {failed} failed, and why"), (True, FAILURES)]
-    if table["loss"].notna().any():
-        cells += [(False, "## The loss, step by step"), (True, CURVES.format(most=MAX_CURVES))]
-        maps = [HEAT_MAP.format(x=x, y=y, value=value) for x, y, value in _maps(swept, table)]
-        if maps:
-            cells.append((False, "## What two parameters do together"))
-            cells += [(True, text) for text in maps]
+    known = runs(swept.root)  # of damaged metrics, what stands before the damage
+    maps, has_loss = _maps(known), any(each["loss"].notna().any() for each in (table, known))
+    if maps or has_loss:
+        cells += [(False, "## Figures"), (True, FIGURES)]
+    if has_loss:
+        cells += [(False, _heading(known)), (True, CURVES.format(most=MAX_CURVES))]
+    if maps:
+        cells.append((False, "## What two parameters do together"))
+        cells += [(True, HEAT_MAP.format(x=x, y=y, value=value)) for x, y, value in maps]
     return cells
 
 
@@ -75,19 +90,21 @@ def _counts(table: pd.DataFrame) -> str:
     return f"{len(table)} runs: {states}."
 
 
-def _maps(swept: SweepResult, table: pd.DataFrame) -> list[tuple[str, str, str]]:
+def _heading(table: pd.DataFrame) -> str:
+    some = f", of {MAX_CURVES} runs" if (table["steps"] > 0).sum() > MAX_CURVES else ""
+    return f"## The loss, step by step{some}"
+
+
+def _maps(table: pd.DataFrame) -> list[tuple[str, str, str]]:
     """The two parameters that vary first, with each recorded number; without any, the loss."""
-    names = {name: None for run in swept.runs for name in run.parameters}
-    counts = {name: table[name].map(str).nunique() for name in names}
+    counts = {n: table[n].dropna().map(str).nunique() for n in table if n.startswith(PARAMETER)}
     varied = [name for name, count in counts.items() if 1 < count <= MAX_VALUES]
     if len(varied) < 2:
         return []
-    y, x = (f"parameters.{name}" for name in varied[:2])
-    recorded = {
-        name: None
-        for run in swept.runs
-        for name, value in run.results.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    values = [f"result.{name}" for name in recorded][:MAX_MAPS] or ["loss"]
-    return [(x, y, value) for value in values]
+    recorded = [n for n in table if n.startswith(RESULT) and table[n].map(_is_number).any()]
+    values = recorded[:MAX_MAPS] or (["loss"] if table["loss"].notna().any() else [])
+    return [(varied[1], varied[0], value) for value in values]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
