@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import builtins
 import json
+import math
+import re
 
 import pytest
 
@@ -53,6 +55,22 @@ def test_json(runs):
     assert rows[0]["train.schedule"] == "cosine"
     assert json.loads(runs("--json", "--columns", "name", "--limit", 1)[1]) == [{"name": "a"}]
     assert "train.schedule" in runs("--columns", "all")[1]
+
+
+def test_json_keeps_every_digit_and_is_json(runs, tmp_path):
+    numbers = {"small": 1.2345e-21, "third": 1 / 3, "nan": math.nan}
+    record_results(tmp_path / "a", **numbers, infinite=-math.inf, right=True, note="é\u202e")
+    (tmp_path / "b" / "metrics.jsonl").unlink()
+    text = runs("--json")[1]
+    assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", text))
+    first, second, third = json.loads(text)
+    found = {name: first[f"result.{name}"] for name in numbers}
+    assert found == numbers | {"nan": None}
+    assert first["result.infinite"] is None
+    assert (first["result.right"], first["result.note"]) == (True, "é\\u202e")
+    assert (first["train.adam_epsilon"], first["started"][-5:]) == (1e-8, ".000Z")
+    assert (second["loss"], second["peak_bytes"], second["result.small"]) == (None, None, None)
+    assert third["total_steps"] == 2
 
 
 def test_columns_of_any_kind_are_sorted(runs, tmp_path):

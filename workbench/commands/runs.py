@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 
+import numpy as np
 import pandas as pd
 
 from workbench.errors import ConfigError
@@ -41,7 +43,8 @@ def run(options: argparse.Namespace) -> int:
         table = table.head(options.limit)
     table = table[_columns(table, options.columns, options.json)]
     if options.json:
-        print(json.dumps(json.loads(table.to_json(orient="records", date_format="iso")), indent=1))
+        rows = zip(*([_as_json(value) for value in table[name]] for name in table))
+        print(json.dumps([dict(zip(table, row)) for row in rows], indent=1, allow_nan=False))
     elif table.empty:
         print(f"No runs in {options.root}.")
     else:
@@ -60,6 +63,15 @@ def _columns(table: pd.DataFrame, wanted: str | None, every: bool) -> list[str]:
     parameters = [name for name in parameters if name != f"{PARAMETER}run_dir"]  # the name says it
     problems = [LAST[0]] if table[LAST[0]].any() else []
     return [*SHOWN, *parameters, *results, *problems]
+
+
+def _as_json(value: object) -> object:
+    """A cell of the table: numbers with all their digits; None for NaN, infinity and no date."""
+    if pd.isna(value) or value in (math.inf, -math.inf):
+        return None
+    if isinstance(value, pd.Timestamp):
+        return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _sortable(column: pd.Series) -> pd.Series:
