@@ -221,8 +221,19 @@ def test_the_best_run(tmp_path):
         best_run(table, "model")
     with pytest.raises(RunError, match="no run has a best_valid_loss"):
         best_run(table)
+    with pytest.raises(ConfigError, match="named by a text, not None"):
+        best_run(table, None)
     with pytest.raises(ConfigError, match="the table has no name"):
         best_run(pd.DataFrame({"loss": [1]}), "loss")
+
+
+def test_the_best_run_of_tables_that_were_put_together_is_one(tmp_path):
+    for number, name in enumerate(("p/a", "p/b", "q/a", "q/b")):
+        record_results(toy_run(tmp_path / name, number + 1), accuracy=number)
+    table = pd.concat([runs(tmp_path / "q"), runs(tmp_path / "p")])
+    assert table.index.tolist() == [0, 1, 0, 1]
+    assert best_run(table, "accuracy").folder == str(tmp_path / "p" / "a")
+    assert best_run(table, "steps", largest=True).folder == str(tmp_path / "q" / "b")
 
 
 def test_results_are_merged(tmp_path):

@@ -108,13 +108,14 @@ def best_run(
     table = as_table(table)
     column = column_of(table, by)
     try:
-        numbers = pd.to_numeric(table[column]).astype("float64")
+        numbers = pd.to_numeric(table[column]).astype("float64").to_numpy()
     except (ValueError, TypeError):
         raise ConfigError(f"{column} holds what is no number") from None
-    numbers = numbers[np.isfinite(numbers)]
-    if numbers.empty:
+    finite = np.flatnonzero(np.isfinite(numbers))
+    if not len(finite):
         raise RunError(f"no run has a {column}", cure="Look at the table's states and problems.")
-    return table.loc[numbers.idxmax() if largest else numbers.idxmin()]
+    best = (np.argmax if largest else np.argmin)(numbers[finite])
+    return table.iloc[finite[best]]  # by place: tables that were put together repeat their labels
 
 
 def column_of(table: pd.DataFrame, name: str) -> str:
@@ -123,6 +124,8 @@ def column_of(table: pd.DataFrame, name: str) -> str:
     Raises:
         ConfigError: there is no such column, or more than one.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"a column is named by a text, not {name!r}")
     for prefix in PREFIXES:
         if prefix + name in table:
             return prefix + name
