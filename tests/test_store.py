@@ -7,6 +7,7 @@ import pytest
 
 import workbench as wb
 from tests.process import finish, run, start
+from tests.toy_runs import write_job
 from workbench.errors import RunError
 from workbench.runs.store import RunFolder, as_config, new_run, read_metrics
 from workbench.tuning.config import TrainConfig
@@ -76,6 +77,22 @@ def test_other_files_are_no_run(tmp_path):
     with pytest.raises(RunError, match=r"holds files, but no run.*wb\.new_run"):
         RunFolder(tmp_path, {})
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_sweeps_folder_takes_a_run_beside_what_the_notebook_wrote(tmp_path):
+    write_job(tmp_path, "running")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "figures").mkdir()
+    for name in ("metrics.jsonl", "checkpoints"):  # which would mix with the run's
+        (tmp_path / name).mkdir()
+        with pytest.raises(RunError, match=f"holds files, but no run.*write {name} under another"):
+            RunFolder(tmp_path, {})
+        (tmp_path / name).rmdir()
+    folder = RunFolder(tmp_path, {"a": 1})
+    assert not folder.goes_on
+    folder.append({"step": 1})
+    assert read_metrics(tmp_path).step.tolist() == [1]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_lines_come_back_as_they_were_written(tmp_path):

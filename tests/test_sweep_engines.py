@@ -77,6 +77,21 @@ def test_a_trainer_killed_in_mid_run_goes_on_as_if_it_had_not_been(tmp_path, mon
     assert swept.table["loss"][0] == losses[-1]
 
 
+def test_a_notebook_that_wrote_files_before_it_failed_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cells = [
+        "import pathlib\nnotes = pathlib.Path(run_dir, 'notes.txt')",
+        "first = not notes.exists()\nnotes.write_text('mine')\nassert not first",
+        "from tests.toy_training import toy_trainer",
+        "for report in toy_trainer(run_dir=run_dir, steps=2): pass",
+    ]
+    notebook = write_notebook(tmp_path / "notes.ipynb", "a = 1\nrun_dir = ''", *cells)
+    (run,) = wb.sweep(notebook, {"a": [1]}, tmp_path / "out", summary=False).runs
+    assert (run.state, run.attempts) == ("finished", 2), run.result
+    assert len(read_rows(run.folder, "metrics.jsonl")) == 2
+    assert (run.folder / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.long
 def test_a_job_whose_file_cannot_grow_stops_the_sweep_and_it_goes_on_later(tmp_path):
     cell = "print('x' * length)"

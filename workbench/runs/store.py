@@ -20,6 +20,7 @@ CONFIG_NAME, METRICS_NAME, RESULTS_NAME = "config.json", "metrics.jsonl", "resul
 JOB_NAME, JOB_FOLDER = "job.json", ".job"  # a sweep's; the folder is locked while a notebook runs
 NOTEBOOK, FAILED, LOG = "notebook.ipynb", "failed.ipynb", "log.txt"  # likewise: what it executed
 OF_A_SWEEP = {JOB_NAME, JOB_FOLDER, NOTEBOOK, FAILED, LOG, RESULTS_NAME}
+OF_A_TRAINER = {METRICS_NAME, "checkpoints"}  # a run only beside its configuration
 
 
 def new_run(root: str | os.PathLike, name: str) -> Path:
@@ -48,7 +49,8 @@ class RunFolder:
     """A run's place on disk; this object is its only writer.
 
     Args:
-        folder: empty or not there yet; or a run's, which then goes on.
+        folder: empty or not there yet; or a run's, which then goes on. One that a sweep has made
+            may also hold what its notebook wrote there before, and it stays.
         config: what the run is started with; written as JSON when it is new.
 
     Raises:
@@ -67,12 +69,8 @@ class RunFolder:
                 f"cannot be used as a run folder ({error.strerror})", where=folder
             ) from None
         self.goes_on = CONFIG_NAME in names  # whether it holds a run already
-        if names - unfinished - OF_A_SWEEP and not self.goes_on:
-            raise RunError(
-                "holds files, but no run",
-                where=folder,
-                cure="Give each run its own folder: wb.new_run('runs', 'name') makes one.",
-            )
+        if not self.goes_on:
+            _require_room(self.folder, names - unfinished)
         lock.take(self.folder, self)
         for name in unfinished:  # files that a killed process left
             with contextlib.suppress(OSError):
@@ -151,6 +149,17 @@ class RunFolder:
                 where=path,
                 cure="Free some space; the trainer's weights and reports are intact.",
             ) from None
+
+
+def _require_room(folder: Path, names: set[str]) -> None:
+    """Raise RunError if a run that begins in a folder of such files would mix with them."""
+    of_sweep = JOB_NAME in names
+    others = names & OF_A_TRAINER if of_sweep else names - OF_A_SWEEP
+    if others:
+        cure = "Give each run its own folder: wb.new_run('runs', 'name') makes one."
+        if of_sweep:
+            cure = f"Let the notebook write {' and '.join(sorted(others))} under another name."
+        raise RunError("holds files, but no run", where=folder, cure=cure)
 
 
 def read_metrics(folder: str | os.PathLike) -> pd.DataFrame:
