@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import workbench.commands
+from tests.toy_runs import toy_run
 from workbench.__main__ import COMMANDS, main
 from workbench.errors import RunError
 
@@ -51,6 +52,17 @@ def test_a_command_explains_itself(name, capsys):
         main([name, "--help"])
     assert leaving.value.code == 0
     assert f"python -m workbench {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["runs", "--root", "."], ["runs", "--help"], ["--help"]])
+def test_a_terminal_of_ascii_gets_question_marks(words, tmp_path):
+    toy_run(tmp_path / "run", 0)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "workbench", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"?" in done.stdout
+    assert done.stdout.isascii()
 
 
 def test_an_unknown_command_is_refused_and_a_like_one_named(capsys):

@@ -13,6 +13,14 @@ from workbench.runs.grids import MAX_RUNS, Between, combinations, folder_name, v
 GRID = {"rank": [2, 4], "learning_rate": [1e-3, 2e-3, 4e-3]}
 
 
+def nested(depth: int) -> list:
+    """Lists in one another."""
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def test_a_grid_gives_every_combination_the_last_name_fastest():
     runs = combinations(GRID)
     assert len(runs) == 6
@@ -64,6 +72,13 @@ def test_drawn_values_stay_between_their_ends():
         ([{"a": 1, "b": 2}, {"b": 2, "a": 1}], {}, "twice"),
         ({"a": [math.nan]}, {}, "a cannot be 'nan'"),
         ({"a": [object]}, {}, "a cannot be"),
+        ({"a": ["\ud800"]}, {}, r"a cannot be '\ud800'"),
+        ([{"a": {"\ud800": 1}}], {}, "a cannot be"),
+        ({"a": [10**5000]}, {}, "a cannot be this int: it is too large"),
+        ({"a": 10**5000}, {}, "must be a list of values, got this int"),
+        ({"a": [nested(100_000)]}, {}, "a cannot be this list"),
+        ({"a": [1, 2]}, {"seed": [1]}, "seed must be a whole number"),
+        ({"a": [1, 2]}, {"samples": 1, "seed": "x"}, "seed must be a whole number"),
         ({"a": range(200), "b": range(200)}, {}, f"40000 runs are more than {MAX_RUNS}"),
         ({"a": [1, 2]}, {"samples": 3}, "gives 2 different runs, fewer than 3"),
         ({"a": [1, 2]}, {"samples": 0}, "samples must be a whole number"),

@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         the exit status: the command's own; 2 after an error that the user can cure, which is
         then one line on stderr; 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") == "strict":  # "?" for what the terminal cannot show
+            stream.reconfigure(errors="replace")
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         _parser().print_help()

@@ -7,10 +7,10 @@ import contextlib
 import time
 from pathlib import Path
 
-from workbench.errors import ConfigError, FileFormatError
+from workbench.errors import ConfigError, FileFormatError, check_number
 from workbench.models.regular_files import open_regular, parse_json
 from workbench.models.yaml_files import read_yaml
-from workbench.runs.grids import in_words, values_of
+from workbench.runs.grids import Between, in_words, value_of, values_of
 from workbench.runs.sweep import Sweep
 from workbench.runs.sweep_runs import FINISHED, SweepRun
 from workbench.runs.sweep_summary import write_summary
@@ -21,16 +21,21 @@ MAX_LIST_BYTES = 16_000_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command understands."""
     parser.add_argument("notebook", type=Path, help="has a cell tagged `parameters`")
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument(
+    many = {"action": "append", "default": []}
+    parser.add_argument(
         "-g",
         "--grid",
         nargs=2,
-        action="append",
         metavar=("NAME", "VALUES"),
         help="a parameter and its values, parted by commas: -g rank 2,4,8",
+        **many,
     )
-    given.add_argument(
+    ends = {"nargs": 3, "metavar": ("NAME", "LOW", "HIGH"), **many}
+    parser.add_argument(
+        "--between", help="a parameter that is drawn for each of the --samples", **ends
+    )
+    parser.add_argument("--log-between", help="likewise, uniform in the logarithm", **ends)
+    parser.add_argument(
         "--list", type=Path, help="YAML or JSON file: `runs`, a list of the runs' parameters"
     )
     parser.add_argument("--root", type=Path, help="default: runs/NOTEBOOK-sweep")
@@ -47,9 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the sweep, a line an event; 1 if a run failed."""
+    if options.memory is not None:
+        check_number("--memory", options.memory, 0)
     sweep = Sweep(
         options.notebook,
-        _listed(options.list) if options.list else _grid(options.grid),
+        _given(options),
         options.root,
         at_once=options.at_once,
         retries=options.retries,
@@ -69,13 +76,27 @@ def run(options: argparse.Namespace) -> int:
     return 1 if sweep.failures else 0
 
 
-def _grid(pairs: list[list[str]]) -> dict[str, list[object]]:
-    grid: dict[str, list[object]] = {}
-    for name, values in pairs:
-        if name in grid:
-            raise ConfigError(f"-g {name} is there twice", cure="Part its values by commas.")
-        grid[name] = values_of(values)
+def _given(options: argparse.Namespace) -> object:
+    """The grid, or the list of runs."""
+    drawn = [(*ends, False) for ends in options.between] + [(*e, True) for e in options.log_between]
+    if bool(options.list) == bool(options.grid or drawn):
+        raise ConfigError("give either parameters or a list", cure="Use -g, --between, or --list.")
+    if options.list:
+        return _listed(options.list)
+    axes = [(name, _values(name, text)) for name, text in options.grid]
+    axes += [(n, Between(value_of(low), value_of(high), log)) for n, low, high, log in drawn]
+    grid = dict(axes)
+    if len(grid) < len(axes):
+        twice = next(name for name in grid if [own for own, _ in axes].count(name) > 1)
+        raise ConfigError(f"{twice} is there twice", cure="Part its values by commas.")
     return grid
+
+
+def _values(name: str, text: str) -> list[object]:
+    if text.strip().startswith(Between.__name__ + "("):
+        cure = f"Use --between {name} LOW HIGH, or --log-between."
+        raise ConfigError(f"-g {name} {text!r} would be texts, not a range", cure=cure)
+    return values_of(text)
 
 
 def _listed(path: Path) -> object:

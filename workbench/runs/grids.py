@@ -19,6 +19,7 @@ from workbench.errors import ConfigError, check_number, check_whole
 MAX_RUNS = 10_000
 DRAWS = 100  # tries for each combination that shall differ from those before
 NAME_CHARACTERS = 100  # of a run folder, before its digest
+MAX_BITS = 10_000  # of a whole number: Python writes no more than 4300 digits
 LISTS = (list, tuple, range, np.ndarray)
 
 Parameters = dict[str, object]
@@ -71,6 +72,7 @@ def combinations(
     Raises:
         ConfigError: nothing to run, too much, the same twice, or a value that cannot be passed on.
     """
+    check_whole("seed", seed, 0)
     if isinstance(given, Mapping):
         runs = _from_grid(_axes(given), samples, random.Random(seed))
     elif isinstance(given, list | tuple) and all(isinstance(run, Mapping) for run in given):
@@ -80,7 +82,7 @@ def combinations(
         runs = [{str(name): _plain(name, value) for name, value in run.items()} for run in given]
     else:
         raise ConfigError(
-            f"a sweep needs parameters, got {str(given)[:100]!r}",
+            f"a sweep needs parameters, got {_shown(given)}",
             cure="Give name → list of values, or a list of name → value.",
         )
     if not runs:
@@ -128,7 +130,7 @@ def _axes(grid: Mapping[str, object]) -> dict[str, list[object] | Between]:
     for name, values in grid.items():
         if not isinstance(values, (*LISTS, Between)):
             raise ConfigError(
-                f"{name} must be a list of values, got {str(values)[:100]!r}",
+                f"{name} must be a list of values, got {_shown(values)}",
                 cure=f"A single value is a list of one: {{{name!r}: [value]}}.",
             )
         axes[str(name)] = (
@@ -171,19 +173,39 @@ def _check_count(count: int) -> None:
 
 def _plain(name: object, value: object) -> object:
     """A value as JSON and papermill have it."""
+    try:
+        return _as_json(value)
+    except (ValueError, RecursionError):  # a text that is no Unicode is a ValueError as well
+        raise ConfigError(
+            f"{name} cannot be {_shown(value)}",
+            cure="Parameters are numbers, strings, True, False, None, and lists or dicts of these.",
+        ) from None
+
+
+def _as_json(value: object) -> object:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, tuple | list):
-        return [_plain(name, item) for item in value]
+        return [_as_json(item) for item in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: _plain(name, item) for key, item in value.items()}
-    is_finite = not isinstance(value, float) or math.isfinite(value)
-    if (value is None or isinstance(value, bool | int | float | str)) and is_finite:
+        return {_as_json(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, str):
+        value.encode()  # half of a surrogate pair goes into no file
         return value
-    raise ConfigError(
-        f"{name} cannot be {str(value)[:100]!r}",
-        cure="Parameters are numbers, strings, True, False, None, and lists or dicts of these.",
-    )
+    is_number = isinstance(value, float) and math.isfinite(value)
+    if isinstance(value, int):
+        is_number = value.bit_length() <= MAX_BITS
+    if value is None or is_number:
+        return value
+    raise ValueError
+
+
+def _shown(value: object) -> str:
+    """A value in an error, whatever it is."""
+    try:
+        return repr(str(value)[:100])
+    except (ValueError, RecursionError):
+        return f"this {type(value).__name__}: it is too large"
 
 
 def _key(parameters: Parameters) -> str:
