@@ -209,6 +209,17 @@ def test_only_what_differs_is_compared(tmp_path):
     assert list(compare_configs(table[table.name == "a"])) == []
 
 
+def test_a_truth_value_is_no_number(tmp_path):
+    common = {"both": True, "none": None, "lost": math.nan}
+    for name, flag, number in (("a", True, 1), ("b", 1, 1.0), ("c", True, None)):
+        config = common | {"flag": flag, "number": number}
+        (toy_run(tmp_path / name) / "config.json").write_text(json.dumps(config))
+    table = runs(tmp_path)
+    assert list(compare_configs(table)) == ["flag", "number"]
+    assert list(compare_configs(table[table.name != "c"])) == ["flag"]
+    assert list(compare_configs(table[table.name != "b"])) == ["number"]
+
+
 def test_the_best_run(tmp_path):
     for name, accuracy in (("a", 0.25), ("b", 0.75), ("c", math.nan)):
         record_results(toy_run(tmp_path / name), accuracy=accuracy)

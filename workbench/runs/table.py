@@ -85,8 +85,15 @@ def compare_configs(table: pd.DataFrame | str | os.PathLike) -> pd.DataFrame:
     """
     table = as_table(table)
     own = [n for n in table if n not in FIRST + LAST and not str(n).startswith(RESULT)]
-    different = [name for name in own if table[name].nunique(dropna=False) > 1]
+    different = [name for name in own if _told_apart(table[name]).nunique(dropna=False) > 1]
     return table.set_index("name")[different]
+
+
+def _told_apart(column: pd.Series) -> pd.Series:
+    """A column whose truth values are not equal to 1 and 0, as Python has them."""
+    if column.dtype != object:
+        return column
+    return column.map(lambda value: (value,) if isinstance(value, bool) else value)
 
 
 def best_run(
