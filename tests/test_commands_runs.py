@@ -105,6 +105,23 @@ def test_deleting_asks_first(runs, tmp_path, monkeypatch, answer, left):
     assert len(json.loads(runs("--json")[1])) == left
 
 
+def test_a_run_is_deleted_by_its_name_in_the_table(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toy_run(tmp_path / "deep" / "d")
+    assert runs("--delete", "deep/d", "--yes", root="../" + tmp_path.name)[0] == 0
+    monkeypatch.chdir(tmp_path.parent)
+    assert runs("--delete", "b", "--yes")[0] == 0
+    assert [row["name"] for row in json.loads(runs("--json")[1])] == ["a", "c"]
+    (tmp_path / "a").rename(tmp_path / "deep" / "c")
+    monkeypatch.chdir(tmp_path / "deep")
+    with pytest.raises(ConfigError, match=r"'c' is two runs: .*Give the whole path"):
+        runs("--delete", "c", "--yes")
+    with pytest.raises(RunError, match="is no folder"):
+        runs("--delete", "zz", "--yes")
+    assert runs("--delete", tmp_path / "c", "--yes")[0] == 0
+    assert [row["name"] for row in json.loads(runs("--json")[1])] == ["deep/c"]
+
+
 def test_deleting_without_a_question(runs, tmp_path):
     holder = RunFolder(tmp_path / "b", {})
     with pytest.raises(RunError, match="is being written"):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 
 import numpy as np
 import pandas as pd
 
 from workbench.errors import ConfigError
 from workbench.runs.deleting import delete_run
-from workbench.runs.records import FIRST, LAST, PARAMETER, RESULT
+from workbench.runs.records import FIRST, LAST, PARAMETER, RESULT, stamp_of
 from workbench.runs.table import column_of, compare_configs, runs
 
 SHOWN = ("name", "state", "steps", "total_steps", "loss", "best_valid_loss", "seconds")
@@ -25,14 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", metavar="A,B,…", help="which to show; 'all' shows every one")
     parser.add_argument("--limit", type=int, metavar="N", help="show the first N")
     parser.add_argument("--json", action="store_true", help="as JSON: every column, or --columns")
-    parser.add_argument("--delete", metavar="FOLDER", help="remove this run, after a question")
+    parser.add_argument(
+        "--delete", metavar="NAME", help="remove this run of the table, or folder, after a question"
+    )
     parser.add_argument("--yes", action="store_true", help="with --delete: do not ask")
 
 
 def run(options: argparse.Namespace) -> int:
     """List the runs, or delete one; returns the exit status."""
     if options.delete is not None:
-        return _delete(options.delete, options.yes)
+        return _delete(_folder(options.root, options.delete), options.yes)
     table = runs(options.root)
     if options.sort:
         column = column_of(table, options.sort)
@@ -80,6 +83,16 @@ def _sortable(column: pd.Series) -> pd.Series:
         return pd.to_numeric(column) if column.name not in FIRST else column
     except (ValueError, TypeError):
         return column.map(str)
+
+
+def _folder(root: str, name: str) -> str:
+    """The folder of a run: as the table names it, from the root on; or else a path."""
+    listed = os.path.join(root, name)
+    found = [path for path in (listed, name) if stamp_of(path)] or [name]
+    if not all(os.path.samefile(path, found[0]) for path in found[1:]):
+        cure = "Give the whole path of the one you mean."
+        raise ConfigError(f"{name!r} is two runs: {' and '.join(found)}", cure=cure)
+    return found[0]
 
 
 def _delete(folder: str, agreed: bool) -> int:
