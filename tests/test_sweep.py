@@ -108,6 +108,13 @@ def test_what_finished_is_skipped_and_the_rest_starts_again(notebook, tmp_path):
     assert set(read_sweep(tmp_path / "out").table.state) == {"finished"}
 
 
+def test_where_all_has_finished_no_cluster_is_needed(notebook, tmp_path):
+    states(Sweep(notebook, {"a": [1]}, tmp_path / "out", executor=Quick()))
+    again = Sweep(notebook, {"a": [1]}, tmp_path / "out", executor="tcp://127.0.0.1:9")
+    assert states(again) == []
+    assert [run.state for run in again.runs] == ["finished"]
+
+
 def test_a_failing_run_is_tried_again_and_stops_no_other(notebook, tmp_path):
     quick = Quick(lambda job: BROKEN if job.parameters["a"] == 1 else FINISHED)
     sweep = Sweep(notebook, {"a": [1, 2]}, tmp_path / "out", executor=quick, retries=2)

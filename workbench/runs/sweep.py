@@ -104,6 +104,8 @@ class Sweep:
         return [r for r in self.runs if r.state not in (FINISHED, WAITING, RUNNING, CANCELLED)]
 
     def __iter__(self) -> Iterator[SweepRun | None]:
+        if not self._waiting:
+            return  # a cluster need not be there
         with self._holding(), self._executing() as executor:
             while self._waiting or self._running:
                 yield from self._start(executor)
