@@ -103,6 +103,20 @@ def test_a_failing_rank_is_named_with_its_last_words(tmp_path):
     assert caught.value.status == 1
 
 
+def test_a_rank_that_has_ended_in_order_is_named_when_another_fails(tmp_path):
+    (tmp_path / "job.py").write_text(
+        "import sys, time; rank = int(sys.argv[1]); time.sleep(rank / 2); sys.exit(not rank and 3)"
+    )
+
+    def command(rank: int) -> list[str]:
+        return [sys.executable, str(tmp_path / "job.py"), str(rank)]
+
+    with nothing_left(tmp_path), pytest.raises(RankError) as caught:
+        run_ranks(command, 2, tmp_path / "logs")
+    assert "rank 0 ended with status 3, when rank 1 had ended with status 0;" in str(caught.value)
+    assert caught.value.status == 3
+
+
 @pytest.mark.long
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     with nothing_left(tmp_path), pytest.raises(RankError, match="rank 1 did not come to"):
@@ -255,11 +269,19 @@ def test_a_yaml_of_mlx_lm_trains_and_rank_0_saves(tmp_path, capsys):
         (["here.yaml", "--", "more"], "arguments are for a script"),
         (["here.py", "-n", 0], "num_ranks must be"),
         (["here.py", "--start-timeout", "nan"], "start_timeout must be"),
+        (["here.py", "--port", 70_000], "port 70000 cannot be used"),
+        (["here.py", "--port", 0], "port must be"),
+        (["here.py", "-n", 100_000], "cannot be used"),
+        (["here.ipynb", "-p", "steppes", 1], "'steppes' is not a parameter.*It has steps"),
     ],
 )
-def test_a_wrong_command_is_refused(words, problem, tmp_path, monkeypatch):
+def test_a_wrong_command_is_refused(words, problem, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("here.py", "here.yaml"):
         (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match=problem):
+    write_notebook(tmp_path / "here.ipynb")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises((ConfigError, RankError), match=problem):
         launch.run(options_of(*words))
+    assert sorted(tmp_path.iterdir()) == before, "nothing is left of it"
+    assert capsys.readouterr().out == ""

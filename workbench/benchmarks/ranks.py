@@ -23,7 +23,8 @@ from workbench.benchmarks.materials import Materials, own_folder
 from workbench.benchmarks.training import Show, require_equal
 from workbench.benchmarks.workers import Worker
 from workbench.benchmarks.workloads import OURS, WORKLOADS, Workload
-from workbench.runs.launching import rank_environment, write_hosts
+from workbench.runs.hosts import write_hosts
+from workbench.runs.launching import rank_environment
 
 STEPS = 8  # that count; one before them does not
 

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from workbench.errors import ConfigError, RankError
+from workbench.errors import ConfigError, RankError, check_whole
+from workbench.runs.hosts import find_ports
 from workbench.runs.launching import Limits, run_ranks
 from workbench.runs.store import new_run
 from workbench.tuning.interrupts import orderly_exit
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
     kind = KINDS.get(options.job.suffix)
     _check(options, kind)
     limits = Limits(options.start_timeout, options.silence, options.port)
+    find_ports(options.ranks, options.port)
     out = options.out or new_run("launches", options.job.stem)
     print(f"{options.ranks} ranks of {options.job}, logs in {out}. {WARNING}", flush=True)
     try:
@@ -83,6 +85,11 @@ def _check(options: argparse.Namespace, kind: str | None) -> None:
         raise ConfigError("-p is for the parameters of a notebook", where=options.job)
     if options.arguments and kind != "script":
         raise ConfigError("arguments are for a script", where=options.job)
+    check_whole("num_ranks", options.ranks, 1)
+    if kind == "notebook":
+        from workbench.runs.notebooks import check_names  # papermill takes seconds to load
+
+        check_names(options.job, [name for name, _ in options.p])
 
 
 def _command(options: argparse.Namespace, kind: str, out: Path) -> Callable[[int], list[str]]:

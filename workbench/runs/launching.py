@@ -9,10 +9,8 @@ The ranks talk over 127.0.0.1 without authentication: every user of this machine
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -24,13 +22,13 @@ import psutil
 
 from workbench.errors import RankError, check_number, check_whole
 from workbench.runs.beats import CALLING, LAUNCH_VARIABLE, WAITING, Beat, read_beat
+from workbench.runs.hosts import write_hosts
 
-LOOPBACK = "127.0.0.1"
-LAST_PORT = 65535
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 3.0  # between a polite end and a hard one
 LEAVE_SECONDS = 60.0  # for the last step and its checkpoint, after Ctrl-C
+SETTLE_SECONDS = 1.0  # for others to end, when one has failed
 LONELY_SECONDS = 10.0  # that a rank waits for one that has ended
 SHOWN_LINES, SHOWN_BYTES = 20, 8192  # of a log, in an error
 
@@ -103,14 +101,6 @@ def run_ranks(
         return [rank.log for rank in ranks]
 
 
-def write_hosts(private: Path, num_ranks: int, port: int | None = None) -> Path:
-    """A file with an address for each rank of this machine; raises RankError for a bad port."""
-    hosts = [[f"{LOOPBACK}:{port}"] for port in _ports(num_ranks, port)]
-    path = private / "hosts.json"
-    path.write_text(json.dumps(hosts), encoding="utf-8")
-    return path
-
-
 def rank_environment(rank: int, num_ranks: int, hosts: Path) -> dict[str, str]:
     """The environment of a rank on this machine: its place, and its share of the cores.
 
@@ -121,29 +111,6 @@ def rank_environment(rank: int, num_ranks: int, hosts: Path) -> dict[str, str]:
     place = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "PYTHONUNBUFFERED": "1"}
     place[LAUNCH_VARIABLE] = f"{os.getpid()}:{hosts.parent}"
     return {**os.environ, **threads, **place}
-
-
-def _ports(count: int, first: int | None) -> list[int]:
-    """Ports of this machine that are free now: from the one given, or any."""
-    wanted = [0] * count if first is None else [*range(first, first + count)]
-    with contextlib.ExitStack() as held:
-        taken = []
-        for port in wanted:
-            place = held.enter_context(socket.socket())
-            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # only listeners count
-            try:
-                place.bind((LOOPBACK, port))
-                place.listen()
-            except (OSError, OverflowError) as error:
-                reason = getattr(error, "strerror", None) or f"ports end at {LAST_PORT}"
-                raise RankError(
-                    f"port {port} cannot be used ({reason})",
-                    where=LOOPBACK,
-                    cure=f"Give a port with {count} free ones from there, or none: free ones are "
-                    "found.",
-                ) from None
-            taken.append(place.getsockname()[1])
-    return taken
 
 
 def _start(number: int, command: Sequence[str], logs: Path, environment: dict[str, str]) -> _Rank:
@@ -179,7 +146,8 @@ def _look(ranks: Sequence[_Rank], private: Path) -> list[_Rank]:
     ended = [rank for rank in ranks if rank.process.poll() is not None]
     failed = [rank for rank in ended if rank.process.returncode]
     if failed:  # one that was killed is the cause of another's lost connection, not the effect
-        raise _failure(min(failed, key=lambda rank: (rank.process.returncode > 0, rank.number)))
+        first = min(failed, key=lambda rank: (rank.process.returncode > 0, rank.number))
+        raise _failure(first, _gone_in_order(ranks))
     for rank in ranks:
         rank.beat = read_beat(private, rank.number) or rank.beat
     for rank in ended:
@@ -187,12 +155,24 @@ def _look(ranks: Sequence[_Rank], private: Path) -> list[_Rank]:
     return [rank for rank in ranks if rank not in ended]
 
 
-def _failure(rank: _Rank) -> RankError:
+def _gone_in_order(ranks: Sequence[_Rank]) -> list[_Rank]:
+    """Those that have ended well, or are about to: a failure of the rest may be their doing."""
+    until = time.monotonic() + SETTLE_SECONDS
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.process.wait(max(0, until - time.monotonic()))
+    return [rank for rank in ranks if rank.process.returncode == 0]
+
+
+def _failure(rank: _Rank, gone: Sequence[_Rank]) -> RankError:
+    """The error of a rank, which names those that have gone before."""
     code = rank.process.returncode
     how = f"ended with status {code}"
     if code < 0:
         how = f"was killed by {signal.Signals(-code).name}"
-    error = RankError(f"rank {rank.number} {how}; the others were ended{_last_lines(rank.log)}")
+    before = "".join(f", when rank {other.number} had ended with status 0" for other in gone)
+    what = f"rank {rank.number} {how}{before}; the others were ended{_last_lines(rank.log)}"
+    error = RankError(what)
     error.status = 128 - code if code < 0 else code
     return error
 
