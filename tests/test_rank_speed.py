@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 
 from tests import process
+from workbench.backend import usable_cores
 from workbench.benchmarks.ranks import RankSpeed, compare_ranks
 from workbench.benchmarks.workloads import WORKLOADS
+from workbench.runs.launching import rank_environment
 
 SMALL = dataclasses.replace(WORKLOADS["W1"], length=16)
 
@@ -29,6 +32,17 @@ def test_both_make_the_same_steps_and_are_ended():
 
 def test_the_ratio_is_the_median_of_the_pairs():
     seconds = {"alone_seconds": [2.0, 30.0, 4.0], "ranks_seconds": [1.0, 1.0, 4.0]}
-    found = RankSpeed(SMALL, 2, pd.DataFrame(seconds))
+    found = RankSpeed(SMALL, 2, 1, pd.DataFrame(seconds))
     assert found.ratio == 2
     assert "2.00 × (median of 3 pairs)" in str(found)
+
+
+def test_the_baseline_is_told():
+    steps = pd.DataFrame({"alone_seconds": [2.0], "ranks_seconds": [1.0]})
+    told = "one process with all cores 2.000 s a step, {} BLAS {} each 1.000 s;"
+    assert told.format("2 ranks with one", "thread") in str(RankSpeed(SMALL, 2, 1, steps))
+    assert told.format("4 ranks with 8", "threads") in str(RankSpeed(SMALL, 4, 8, steps))
+    cores = usable_cores()
+    alone, ranks = (rank_environment(0, number, Path("hosts")) for number in (1, cores))
+    assert alone["OPENBLAS_NUM_THREADS"] == str(cores), "the one process has them all"
+    assert ranks["OPENBLAS_NUM_THREADS"] == "1"

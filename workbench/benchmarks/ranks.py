@@ -1,4 +1,8 @@
-"""One process against several ranks on the same cores, stepped in turn.
+"""One process with all cores, against ranks with a share of the BLAS threads each, in turn.
+
+The baseline is what a user has without ranks: one process whose BLAS takes every core. On two
+cores that is two threads, against two ranks with one BLAS thread each. A process that is held to
+one thread would be a weaker baseline, and is not measured.
 
 `python -m workbench.benchmarks.ranks --steps 8`
 """
@@ -24,8 +28,9 @@ from workbench.benchmarks.training import Show, require_equal
 from workbench.benchmarks.workers import Worker
 from workbench.benchmarks.workloads import OURS, WORKLOADS, Workload
 from workbench.runs.hosts import write_hosts
-from workbench.runs.launching import rank_environment
+from workbench.runs.launching import rank_environment, threads_of_rank
 
+COLUMNS = ["alone_seconds", "ranks_seconds", "alone_loss", "ranks_loss"]
 STEPS = 8  # that count; one before them does not
 
 
@@ -35,18 +40,21 @@ class RankSpeed:
 
     workload: Workload
     num_ranks: int
+    threads: int  # of the BLAS in each rank; the one process has all cores
     steps: pd.DataFrame  # alone_seconds, ranks_seconds (of the slowest), losses; a row a step
 
     @property
     def ratio(self) -> float:
-        """Median over the pairs of steps: how many times faster the ranks are."""
+        """Median over the pairs of steps: how many times faster than one process with all cores."""
         return statistics.median(self.steps.alone_seconds / self.steps.ranks_seconds)
 
     def __str__(self) -> str:
         alone, ranks = self.steps.alone_seconds.median(), self.steps.ranks_seconds.median()
+        threads = "one BLAS thread" if self.threads == 1 else f"{self.threads} BLAS threads"
         return (
-            f"{self.workload.heading}: one process {alone:.3f} s a step, {self.num_ranks} ranks "
-            f"{ranks:.3f} s; {self.ratio:.2f} × (median of {len(self.steps)} pairs)"
+            f"{self.workload.heading}: one process with all cores {alone:.3f} s a step, "
+            f"{self.num_ranks} ranks with {threads} each {ranks:.3f} s; "
+            f"{self.ratio:.2f} × (median of {len(self.steps)} pairs)"
         )
 
 
@@ -59,11 +67,11 @@ def compare_ranks(
     layers: int | None = None,
     show: Show = lambda text: None,
 ) -> RankSpeed:
-    """Train the same batches in one process and over ranks, a step of each in turn.
+    """Train the same batches in one process with all cores and over ranks, a step of each in turn.
 
     Args:
         workload: whose batch the ranks can share.
-        num_ranks: on this machine, each with its share of the cores.
+        num_ranks: on this machine, each with its share of the BLAS threads.
         steps: that count.
         model: name or place of a Llama.
         layers: of it that are used, from the first; None for all.
@@ -88,8 +96,8 @@ def compare_ranks(
             slowest = max(reply["seconds"] for reply in all_ranks)
             rows.append((one[0]["seconds"], slowest, one[0]["loss"], all_ranks[0]["loss"]))
             show(f"step {step} of {steps}: {rows[-1][0]:.3f} s alone, {slowest:.3f} s over ranks")
-    columns = ["alone_seconds", "ranks_seconds", "alone_loss", "ranks_loss"]
-    return RankSpeed(workload, num_ranks, pd.DataFrame(rows[1:], columns=columns))
+    table = pd.DataFrame(rows[1:], columns=COLUMNS)
+    return RankSpeed(workload, num_ranks, threads_of_rank(num_ranks), table)
 
 
 def _workers(num_ranks: int, stack: contextlib.ExitStack) -> Iterator[Worker]:
@@ -110,7 +118,7 @@ def _all(workers: Sequence[Worker], do: str, **values: object) -> list[dict]:
 
 def main() -> None:
     """Measure, and write the result to stdout."""
-    parser = argparse.ArgumentParser(description="One process against ranks on the same cores.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", choices=WORKLOADS, default="W1")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=STEPS)

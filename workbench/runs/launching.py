@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from workbench.backend import usable_cores
 from workbench.errors import RankError, check_number, check_whole
 from workbench.runs.beats import CALLING, LAUNCH_VARIABLE, WAITING, Beat, read_beat
 from workbench.runs.hosts import write_hosts
@@ -106,11 +107,15 @@ def rank_environment(rank: int, num_ranks: int, hosts: Path) -> dict[str, str]:
 
     The rank ends itself when this process, or the folder of the hosts file, is gone.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = dict.fromkeys(THREADS, str(max(1, (cores or 1) // num_ranks)))
+    threads = dict.fromkeys(THREADS, str(threads_of_rank(num_ranks)))
     place = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "PYTHONUNBUFFERED": "1"}
     place[LAUNCH_VARIABLE] = f"{os.getpid()}:{hosts.parent}"
     return {**os.environ, **threads, **place}
+
+
+def threads_of_rank(num_ranks: int) -> int:
+    """BLAS threads of each of so many ranks: its share of this machine's cores."""
+    return max(1, usable_cores() // num_ranks)
 
 
 def _start(number: int, command: Sequence[str], logs: Path, environment: dict[str, str]) -> _Rank:
