@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.toy import write_jsonl
 from tests.toy_runs import row_of, rows, toy_run, write_job
 from tests.toy_training import toy_trainer
 from workbench.errors import ConfigError, RunError
-from workbench.runs import records
+from workbench.runs import index, records
 from workbench.runs.index import INDEX_NAME
 from workbench.runs.results import record_results
 from workbench.runs.store import RunFolder
@@ -118,6 +119,29 @@ def test_only_what_changed_is_read(tmp_path, monkeypatch):
         file.write(json.dumps(rows(4)[3]) + "\n")
     assert runs(tmp_path).steps.tolist() == [3, 4]
     assert {path for path in read if "metrics" in path} == {str(tmp_path / "b" / "metrics.jsonl")}
+
+
+@pytest.mark.long
+def test_of_ten_thousand_runs_only_what_changed_is_read(tmp_path, monkeypatch):
+    metrics = "".join(json.dumps(row) + "\n" for row in rows(5))
+    for number in range(10_000):
+        folder = tmp_path / f"{number // 1000}" / f"{number:05d}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"number": number}))
+        (folder / "metrics.jsonl").write_text(metrics)
+    first, read, own = runs(tmp_path), [], index.read_record
+
+    def read_record(root, name, *rest):
+        read.append(name)
+        return own(root, name, *rest)
+
+    monkeypatch.setattr(index, "read_record", read_record)
+    pd.testing.assert_frame_equal(runs(tmp_path), first)
+    assert (len(first), first.steps.sum(), first.number.sum()) == (10_000, 50_000, 49_995_000)
+    assert read == [], "the index knows them all"
+    write_jsonl(tmp_path / "7" / "07000" / "metrics.jsonl", rows(9))
+    assert runs(tmp_path).steps.sum() == 50_004
+    assert read == ["7/07000"]
 
 
 def test_an_index_that_is_not_refreshed_says_what_it_knew(tmp_path):

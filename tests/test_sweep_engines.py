@@ -57,6 +57,9 @@ def test_the_command_runs_all_and_the_summary_tells_what_failed(tmp_path, capsys
     swept = wb.read_sweep(root)
     assert swept.table.state.tolist() == ["failed", "finished"]
     assert swept.failures[0].result.cell == 4
+    ran = swept.table[swept.table.state == "finished"]
+    assert (ran.overhead_seconds > 0).all(), "a kernel's start takes time"
+    assert (ran.overhead_seconds < ran.seconds).all(), "the cells' own time is not in it"
     cells = nbformat.read(swept.summary, as_version=4).cells
     text = json.dumps([cell.get("outputs", cell.source) for cell in cells])
     for wanted in ("1 failed", "share = a / b", "ZeroDivisionError: division by zero", "1.5"):
