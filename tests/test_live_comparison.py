@@ -108,11 +108,14 @@ def test_no_curve_is_lost_where_labels_are_cut(tmp_path, drawn):
     table = runs(tmp_path)
     draw_runs(table)
     assert len(drawn["lines"]) == 16
-    assert "rank 4, learning rate 0.003, layers that are trained 32, see (2)" in drawn["lines"]
+    folders = [name[-10:] for name in table.name]  # a sweep's end in what tells them apart
+    assert sorted(name[-10:] for name in drawn["lines"]) == sorted(folders)
     draw_runs(table, labels=["learning_rate"])
     assert len(drawn["lines"]) == 16
+    assert any(name.startswith("learning rate 0.003 · …") for name in drawn["lines"])
     draw_runs(pd.concat([table, table]), labels=[])
     assert len(drawn["lines"]) == 32
+    assert sum(name.endswith(" (2)") for name in drawn["lines"]) == 16
     assert max(map(len, drawn["lines"])) < 70
 
 

@@ -41,7 +41,7 @@ COLORS = (BLUE, ORANGE, GREEN, VIOLET, YELLOW, RED)
 SHADES = "viridis"  # of more curves than colours, from the highest end to the lowest
 DARKEST, LIGHTEST = 0.25, 0.9  # of those shades: both ends must read on both grounds
 MAX_CURVES, MAX_CELLS, MAX_LABELS = 48, 30, 4
-LABEL = 60  # characters
+LABEL, OWN = 60, 12  # characters; of them for a run's own name, at least
 CURVES = {  # y → column of a run's history, and what its axis says
     "loss": ("smooth loss", "loss, smoothed (nats)"),
     "valid_loss": ("valid", "validation loss (nats)"),
@@ -113,11 +113,19 @@ def _names(table: pd.DataFrame, labels: str | Sequence[str] | None) -> list[str]
         ", ".join(f"{short_name(column)} {in_words(row[column])}" for column in columns)
         for _, row in table.iterrows()
     ]
+    names = [name[:LABEL] for name in names]
     again = pd.Series(names, dtype=object).duplicated(keep=False)
     return _numbered(
-        f"{name} · {own}".strip(" ·")[:LABEL] if twice or not name else name[:LABEL]
+        _with_own(name, str(own)) if twice or not name else name
         for name, own, twice in zip(names, table["name"], again)
     )
+
+
+def _with_own(name: str, own: str) -> str:
+    """A label with the run's name; of a long one the end, where folders of a sweep differ."""
+    room = max(OWN, LABEL - len(name) - len(" · "))
+    own = own if len(own) <= room else f"…{own[1 - room :]}"
+    return f"{name[: LABEL - room - len(' · ')]} · {own}".strip(" ·")
 
 
 def _numbered(names: Iterable[str]) -> list[str]:
