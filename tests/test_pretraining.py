@@ -97,6 +97,16 @@ def test_another_text_or_network_is_not_the_same_run(corpus, tmp_path):
         toy_pretraining(corpus, 2, run_dir=tmp_path / "run", vocab_size=VOCAB + 8)
 
 
+def test_other_heads_or_rotations_are_not_the_same_run(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    list(toy_pretraining(corpus, 2, run_dir=run_dir))
+    for name, value, was in (("num_attention_heads", 4, 2), ("rope_theta", 5e4, 1e4)):
+        sizes = {**SIZES, "vocab_size": VOCAB, name: value}
+        with pytest.raises(RunError, match=f"{name} is {value:.0f}, was {was:.0f}"):
+            toy_pretraining(corpus, 2, run_dir=run_dir, model=NanoChatConfig(**sizes))
+    assert toy_pretraining(corpus, 2, run_dir=run_dir).finished
+
+
 def test_the_tokenizer_is_learnt_from_the_training_text_alone(corpus):
     trainer = toy_pretraining(corpus)
     alone = make_tokenizer("bpe", corpus.train, VOCAB)

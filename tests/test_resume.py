@@ -17,7 +17,7 @@ from workbench.errors import FileFormatError, ResumeWarning, RunError, WeightsEr
 from workbench.models.files import read_json, write_json
 from workbench.runs import lock
 from workbench.runs.commits import MANIFEST_NAME
-from workbench.tuning import identity, reporting
+from workbench.tuning import identity, reporting, resuming
 from workbench.tuning.checkpoints import list_checkpoints, read_checkpoint
 
 SETTINGS = {
@@ -204,6 +204,68 @@ def test_another_base_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("tests.toy.toy_model", lambda seed, **_: toy_model(seed + 1))
     with pytest.raises(RunError, match="the base model is another"):
         toy_trainer(run_dir=tmp_path, epochs=3)
+
+
+OTHER_SETUPS = {
+    "num_attention_heads is 2, was 4": {
+        "network": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    },
+    "rope_theta is 50000, was 10000": {"network": {"rope_theta": 50_000.0}},
+    "rms_norm_eps is 0.1, was 1e-05": {"network": {"rms_norm_eps": 0.1}},
+    r"scale is 200, was 4; alpha \(scale × rank\) is 800, was 16": {"adapter": {"alpha": 800}},
+    "scale is 8, was 4": {"adapter": {"use_rslora": True}},
+    "dropout is 0.5, was 0": {"dropout": 0.5},
+    "kind is 'DoRA', was 'LoRA'": {"adapter": {"use_dora": True}},
+    "rank is 8, was 4": {"adapter": {"rank": 8}},
+}
+
+
+@pytest.mark.parametrize("told", OTHER_SETUPS)
+def test_the_same_weights_in_another_network_or_adapter_are_another_run(told, tmp_path):
+    stopped_after(2, tmp_path, epochs=3)
+    with pytest.raises(RunError, match=f"{told}.*allow_changes"):
+        toy_trainer(run_dir=tmp_path, epochs=3, **OTHER_SETUPS[told])
+    assert toy_trainer(run_dir=tmp_path, epochs=3).steps_done == 2
+
+
+def test_a_network_that_trains_as_a_whole_is_compared_too(tmp_path):
+    stopped_after(2, tmp_path, epochs=3, full=True)
+    with pytest.raises(RunError, match="one: rope_theta is 50000, was 10000\\. "):
+        toy_trainer(run_dir=tmp_path, epochs=3, full=True, network={"rope_theta": 50_000.0})
+
+
+def test_another_seed_of_the_adapter_is_the_same_run(tmp_path):
+    whole = toy_trainer(epochs=3)
+    list(whole)
+    stopped_after(2, tmp_path, epochs=3)
+    resumed = toy_trainer(run_dir=tmp_path, epochs=3, adapter={"seed": 5})
+    list(resumed)
+    assert_same_run(resumed, whole)
+
+
+def test_layers_that_are_adapted_otherwise_than_others_are_compared_one_by_one(tmp_path):
+    def scaled(number):
+        trainer = toy_trainer(epochs=3)
+        trainer.model.model.layers[number].mlp.up_proj.scale = 1.0
+        return trainer
+
+    first, again, other = (identity.adapter_settings(scaled(n).model) for n in (0, 0, 1))
+    assert first == again != other
+    assert sorted(set(first["scale"])) == [1.0, 4.0]
+    assert (first["kind"], first["rank"]) == ("LoRA", 4)
+
+
+def test_a_run_from_before_network_and_adapter_were_kept_goes_on(tmp_path, monkeypatch):
+    known = identity.identity
+    with monkeypatch.context() as older:
+        unknown = {"network", "adapter"}
+        older.setattr(
+            resuming,
+            "identity",
+            lambda *given: {k: v for k, v in known(*given).items() if k not in unknown},
+        )
+        stopped_after(2, tmp_path, epochs=3)
+    assert toy_trainer(run_dir=tmp_path, epochs=3).steps_done == 2
 
 
 def test_allowed_changes_are_recorded(tmp_path):

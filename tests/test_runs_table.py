@@ -23,6 +23,8 @@ from workbench.runs.results import record_results
 from workbench.runs.store import RunFolder
 from workbench.runs.table import best_run, compare_configs, runs
 
+ADAPTER_COLUMNS = ["adapter.kind", "adapter.rank", "adapter.scale"]
+
 
 def test_a_training_is_a_row_with_its_numbers(tmp_path):
     trainer = toy_trainer(valid=[9, 12], run_dir=tmp_path / "run", valid_every=2, epochs=3)
@@ -48,6 +50,18 @@ def test_a_training_is_a_row_with_its_numbers(tmp_path):
     assert os.path.samefile(row.folder, tmp_path / "run")
     written = pd.Timestamp((tmp_path / "run" / "config.json").stat().st_mtime, unit="s", tz="UTC")
     assert abs((row.started - written).total_seconds()) <= 1
+
+
+def test_networks_and_adapters_that_differ_are_columns(tmp_path):
+    toy_trainer(run_dir=tmp_path / "a")
+    other = {"rank": 2, "alpha": 8, "use_dora": True}
+    toy_trainer(run_dir=tmp_path / "b", network={"rope_theta": 5e4}, adapter=other)
+    toy_trainer(run_dir=tmp_path / "c", full=True)
+    different = compare_configs(tmp_path)
+    assert sorted(different) == ["adapter.dropout", *ADAPTER_COLUMNS, "network.rope_theta"]
+    assert different["network.rope_theta"].to_dict() == {"a": 1e4, "b": 5e4, "c": 1e4}
+    assert different.loc["b", ADAPTER_COLUMNS].to_list() == ["DoRA", 2, 4]
+    assert different.loc["c", ADAPTER_COLUMNS].isna().all()  # all of it trains
 
 
 def test_states(tmp_path):

@@ -21,15 +21,26 @@ MACHINE |= {"process_bytes", "available_bytes", "valid_seconds"}
 
 
 def toy_trainer(
-    lengths=RAGGED, *, valid=(), dropout=0.0, full=False, data=None, **settings
+    lengths=RAGGED,
+    *,
+    valid=(),
+    dropout=0.0,
+    full=False,
+    data=None,
+    adapter=None,
+    network=None,
+    **settings,
 ) -> Trainer:
-    """A trainer on a fresh toy model; its adapter's or, with `full`, all parameters train."""
+    """A trainer on a fresh toy model; its adapter's or, with `full`, all parameters train.
+
+    `adapter` and `network` hold settings of the adapter and of the toy model that are others.
+    """
     base, kept = (
-        toy_base(),
+        toy_base(**(network or {})),
         {k: settings.pop(k) for k in ("run_dir", "loss_fn", "allow_changes") if k in settings},
     )
     if not full:
-        add_lora(base.model, LoRAConfig(rank=4, dropout=dropout))
+        add_lora(base.model, LoRAConfig(**{"rank": 4, "dropout": dropout, **(adapter or {})}))
     data = data or toy_dataset(lengths, valid)
     config = TrainConfig(**{"micro_batch_size": 4, "learning_rate": 1e-2, **settings})
     return Trainer(base, data, config, **kept)

@@ -133,7 +133,7 @@ class RunKeeper:
         if self._identity is None:  # hashed once
             objective = trainer.objective and trainer.objective.config
             self._identity = identity(
-                trainer.model, trainer.data, trainer.config, objective, trainer.ranks.size
+                trainer.base, trainer.data, trainer.config, objective, trainer.ranks.size
             )
         return self._identity
 

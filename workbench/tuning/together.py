@@ -62,7 +62,7 @@ def _require_alike(trainer: Trainer) -> None:
     ranks = trainer.ranks
     objective = trainer.objective and trainer.objective.config
     own = {
-        "identity": identity(trainer.model, trainer.data, trainer.config, objective, ranks.size),
+        "identity": identity(trainer.base, trainer.data, trainer.config, objective, ranks.size),
         "environment": environment(),
         "files": (trainer.feed.state(trainer.steps_done) or {}).get("files"),
     }
