@@ -97,13 +97,15 @@ def test_another_text_or_network_is_not_the_same_run(corpus, tmp_path):
         toy_pretraining(corpus, 2, run_dir=tmp_path / "run", vocab_size=VOCAB + 8)
 
 
-def test_other_heads_or_rotations_are_not_the_same_run(corpus, tmp_path):
+def test_other_heads_rotations_or_first_weights_are_not_the_same_run(corpus, tmp_path):
     run_dir = tmp_path / "run"
     list(toy_pretraining(corpus, 2, run_dir=run_dir))
     for name, value, was in (("num_attention_heads", 4, 2), ("rope_theta", 5e4, 1e4)):
         sizes = {**SIZES, "vocab_size": VOCAB, name: value}
         with pytest.raises(RunError, match=f"{name} is {value:.0f}, was {was:.0f}"):
             toy_pretraining(corpus, 2, run_dir=run_dir, model=NanoChatConfig(**sizes))
+    with pytest.raises(RunError, match="seed of the first weights is 1, was 0"):
+        toy_pretraining(corpus, 2, run_dir=run_dir, seed=1)
     assert toy_pretraining(corpus, 2, run_dir=run_dir).finished
 
 

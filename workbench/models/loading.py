@@ -53,6 +53,7 @@ class BaseModel:
     path: Path  # the folder or file it came from
     raw_config: dict[str, object]  # config.json
     quantise: Quantise = None  # as it was asked for
+    seed: int | None = None  # of the first weights, if they were random numbers
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

@@ -37,6 +37,7 @@ FREE_TO_CHANGE = (  # settings that leave every number as it is
     "reload_above_bytes",
 )
 ONE_BY_ONE = ("network", "adapter")  # what an older run does not know of them is not compared
+FIRST_SEED = "seed of the first weights"
 LONGEST_VALUE = 60  # characters of a setting, in words
 
 
@@ -72,6 +73,8 @@ def network_settings(base: BaseModel) -> dict[str, object]:
     config = base.config
     known = dataclasses.is_dataclass(config) and not isinstance(config, type)
     settings = dataclasses.asdict(config) if known else dict(base.raw_config)
+    if base.seed is not None:
+        settings[FIRST_SEED] = base.seed
     return json.loads(json.dumps(settings, default=lambda value: type(value).__name__))
 
 

@@ -100,7 +100,8 @@ def fresh_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     model.eval()
     name = f"{config.model_type} from scratch"
     report = compare(parameters, parameters, source=name, notes=["random weights"])
-    return BaseModel(model, tokenizer, config, report, name, NOWHERE, dataclasses.asdict(config))
+    raw_config = dataclasses.asdict(config)
+    return BaseModel(model, tokenizer, config, report, name, NOWHERE, raw_config, seed=seed)
 
 
 def _tokenizer(
