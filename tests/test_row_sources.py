@@ -52,6 +52,25 @@ def test_a_mapping_gives_its_own_splits(tokenizer):
     ]
 
 
+@pytest.mark.parametrize("name", ["valid", "validation", "val", "dev", "Val"])
+def test_a_folder_and_a_mapping_name_their_validation_alike(name, tokenizer, tmp_path):
+    parts = {"train": ROWS[:3], name: ROWS[3:5], "test": ROWS[5:6]}
+    for split, rows in parts.items():
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    data = load_dataset(tmp_path, tokenizer)
+    assert [len(part) for part in (data.train, data.valid, data.test)] == [3, 2, 1]
+    assert data.valid[0].where.endswith(f"{name}.jsonl:1")
+    if name.islower():
+        assert same(load_dataset(parts, tokenizer), data)
+
+
+def test_two_files_of_one_split_are_refused(tokenizer, tmp_path):
+    for split in ("train", "valid", "val"):
+        write_jsonl(tmp_path / f"{split}.jsonl", ROWS[:2])
+    with pytest.raises(DataError, match=r"holds val\.jsonl and valid\.jsonl, both of them valid"):
+        load_dataset(tmp_path, tokenizer)
+
+
 def test_cells_without_a_value_are_absent():
     frame = pd.DataFrame(
         {

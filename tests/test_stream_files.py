@@ -34,7 +34,9 @@ def test_files_are_found_by_path_folder_pattern_and_list(tmp_path):
 
 def test_a_folder_keeps_back_the_parts_of_what_is_held_out(tmp_path):
     parts = ("validation-00000-of-00001.jsonl", "test-00001-of-00002.jsonl.gz", "valid.1.jsonl")
-    rows = ("test-cases.jsonl", "tests.jsonl", "train-00000-of-00001.jsonl", "validity.jsonl")
+    parts += ("val.jsonl", "dev.jsonl.gz", "eval-00000-of-00001.jsonl", "Test.jsonl", "VALID.jsonl")
+    rows = ("development.jsonl", "evaluated.jsonl", "test-cases.jsonl", "tests.jsonl")
+    rows += ("train-00000-of-00001.jsonl", "validity.jsonl", "values.jsonl")
     for name in parts + rows:
         (tmp_path / name).write_bytes(GOOD)
     assert names(tmp_path) == [*rows]

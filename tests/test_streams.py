@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import random
 import tracemalloc
 
@@ -317,13 +318,27 @@ def test_the_description_says_what_is_streamed(tmp_path):
 def test_a_source_with_a_split_for_validation_validates_by_that(tmp_path):
     folder = write_files(tmp_path / "corpus", counts=(3,))
     (folder / "part-0.jsonl").rename(folder / "train.jsonl")
-    assert len(toy_stream(folder, valid=folder).valid) == 3  # named so, and there is no other
     (folder / "valid.jsonl").write_bytes(lines_of(numbered(2, 100)))
     for valid in (folder, {"train": numbered(3), "validation": numbered(2, 100)}):
         data = toy_stream(folder, valid=valid)
         assert [len(row) for row in data.valid] == [
             len(row) for row in toy_stream(folder, valid=numbered(2, 100)).valid
         ]
+
+
+def test_rows_that_train_do_not_validate_as_well(tmp_path):
+    folder = write_files(tmp_path / "corpus", counts=(3,))
+    train, valid = folder / "train.jsonl", folder / "valid.jsonl"
+    (folder / "part-0.jsonl").rename(train)
+    with pytest.raises(DataError, match=r"train\.jsonl: would be trained on and validate"):
+        toy_stream(folder, valid=folder)  # which has no other rows
+    valid.write_bytes(lines_of(numbered(2, 100)))
+    os.symlink(valid, tmp_path / "other name.jsonl")
+    for source in (f"{folder}/*.jsonl", [train, valid]):
+        for held in (valid, folder, tmp_path / "other name.jsonl"):
+            with pytest.raises(DataError, match=r"valid\.jsonl: would be trained on and validate"):
+                toy_stream(source, valid=held)
+    assert len(toy_stream(f"{folder}/t*.jsonl", valid=valid).valid) == 2
 
 
 def test_feeds_of_one_stream_do_not_disturb_each_other(tmp_path):

@@ -24,7 +24,8 @@ from workbench.data.rows import read_rows
 from workbench.errors import ConfigError, DataError, check_number, check_whole
 
 SPLITS = ("train", "valid", "test")
-SPLIT_OF = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
+VALIDATION = ("valid", "validation", "val", "dev")
+SPLIT_OF = {"train": "train", **dict.fromkeys(VALIDATION, "valid"), "test": "test"}
 CURE = (
     "Give 'capitals', a folder with train.jsonl, a .jsonl file, a data frame, a Hugging Face "
     "data set, or a list of rows."
@@ -46,10 +47,11 @@ def read_source(
     """The rows of whatever holds rows, split.
 
     Args:
-        source: `capitals`; a folder of train.jsonl (and valid, test); a .jsonl file to split; a
-            pandas frame, a `datasets.Dataset` or a list of mappings to split; a mapping of those
-            by split, such as a `datasets.DatasetDict`; a `datasets.IterableDataset`, of which no
-            more is read than the limit asks for. Cells that are None or NaN are absent.
+        source: `capitals`; a folder of train.jsonl, and valid.jsonl (or validation, val, dev) and
+            test.jsonl if there are any; a .jsonl file to split; a pandas frame, a
+            `datasets.Dataset` or a list of mappings to split; a mapping of those by split, such
+            as a `datasets.DatasetDict`; a `datasets.IterableDataset`, of which no more is read
+            than the limit asks for. Cells that are None or NaN are absent.
         limit: training rows that are used, from the start; None for all.
         valid_fraction: share of the rows that validate, of what comes without splits.
         seed: of that split.
@@ -103,11 +105,31 @@ def _from_disk(source: str | os.PathLike, valid_fraction: float, seed: int) -> d
         return _split(list(read_rows(path)), valid_fraction, seed)
     if not os.path.isdir(path):
         raise DataError(f"no data set {os.fspath(source)!r}", cure=CURE)
-    files = {split: path / f"{split}.jsonl" for split in SPLITS}
-    there = {split: file for split, file in files.items() if os.path.lexists(file)}
+    there = split_files(path)
     if "train" not in there:
         raise DataError("holds no train.jsonl", where=path)
-    return {split: list(read_rows(file, inside=path)) for split, file in there.items()}
+    return {s: list(read_rows(there[s], inside=path)) for s in SPLITS if s in there}
+
+
+def split_files(folder: Path) -> dict[str, Path]:
+    """The file of each split that a folder has, by the names of `SPLIT_OF`, in any case.
+
+    Raises:
+        DataError: the folder cannot be listed, or has two files for one split.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", where=folder) from None
+    found: dict[str, Path] = {}
+    for name in names:
+        split = SPLIT_OF.get(name[:-6].lower()) if name.endswith(".jsonl") else None
+        if split in found:
+            what = f"holds {found[split].name} and {name}, both of them {split} rows"
+            raise DataError(what, where=folder, cure="Rename or join them: one file a split.")
+        if split is not None:
+            found[split] = folder / name
+    return found
 
 
 def _from_splits(source: Mapping[str, object], limit: int | None) -> dict[str, Rows]:

@@ -23,7 +23,7 @@ HEAD_BYTES = 65_536  # by whose hash, and its size, a file is known again
 BLOCK_BYTES = 1_048_576
 ENDINGS = (".jsonl", ".jsonl.gz")  # of a folder's files
 # Names that a folder keeps back; in parts as well, as of the Hub: test-00000-of-00002.jsonl.
-HELD_OUT = re.compile(r"(valid|validation|test)(-\d+-of-\d+)?\.")
+HELD_OUT = re.compile(r"(valid|validation|val|dev|eval|test)(-\d+-of-\d+)?\.", re.IGNORECASE)
 CURE = "Give a .jsonl or .jsonl.gz file, a folder of them, a pattern such as 'data/*.gz', a list."
 
 
@@ -76,8 +76,8 @@ def find_files(source: object) -> tuple[StreamFile, ...]:
 
     Args:
         source: a file; a folder, of which every *.jsonl and *.jsonl.gz is taken but those named
-            valid, validation and test, or parts of these; a pattern with `*`, `?`, `[…]` or `**`;
-            or a list of these.
+            valid, validation, val, dev, eval and test, or parts of these; a pattern with `*`,
+            `?`, `[…]` or `**`; or a list of these.
 
     Raises:
         DataError: nothing there, no regular file, a link out of the folder, or a file named twice.

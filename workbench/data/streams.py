@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from workbench.data.datasets import Dataset, load_dataset
 from workbench.data.examples import TRAIN_ON, Example, encode_row
+from workbench.data.row_sources import split_files
 from workbench.data.stream_files import StreamFile, find_files
-from workbench.errors import ConfigError, check_whole
+from workbench.errors import ConfigError, DataError, check_whole
 
 MAX_BUFFER_ROWS = 250_000  # a checkpoint names where each lies
 WHOLE_NUMBERS = {"buffer_rows": 1, "seed": 0, "max_length": 2, "max_bad_lines": 0}  # smallest
@@ -108,13 +109,14 @@ def stream_dataset(
             source that has a split for it, that.
 
     Raises:
-        DataError: no such files, or a bad row in `valid`.
+        DataError: no such files, a bad row in `valid`, or its file is one that is trained on.
         ConfigError: a setting is out of range.
     """
     files, is_one = find_files(source), isinstance(source, str | os.PathLike)
     rows = {"max_length": max_length, "train_on": train_on}
     rows["allow_special_tokens"] = allow_special_tokens
     held = [] if valid is None else _validation_rows(valid, tokenizer, rows)
+    _require_apart(files, valid)
     name = Path(source).name if is_one else f"{len(files)} files"
     stream = {"files": files, "buffer_rows": buffer_rows, "seed": seed, **rows}
     stream |= {"tokenizer": tokenizer, "max_bad_lines": max_bad_lines}
@@ -127,3 +129,20 @@ def _validation_rows(
     """The part of a source that is there for validation; all of it, if it has none."""
     loaded = load_dataset(source, tokenizer, valid_fraction=0, **settings)
     return loaded.valid or loaded.train
+
+
+def _require_apart(files: Sequence[StreamFile], valid: object) -> None:
+    """Raise DataError if the file that `valid` names, by whatever path, is one of the stream's."""
+    if not isinstance(valid, str | os.PathLike) or valid == "capitals":
+        return
+    path = Path(os.path.expanduser(valid))
+    if path.is_dir():
+        there = split_files(path)
+        path = there.get("valid", there["train"])
+    for file in files:
+        if os.path.samefile(file.path, path):
+            raise DataError(
+                "would be trained on and validate, too",
+                where=file.path,
+                cure="Leave it out of the stream's files: a folder keeps back valid.jsonl itself.",
+            )
