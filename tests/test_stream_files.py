@@ -22,7 +22,7 @@ def names(source):
 
 def test_files_are_found_by_path_folder_pattern_and_list(tmp_path):
     for name in ("b.jsonl", "a.jsonl.gz", "valid.jsonl", "test.jsonl.gz", "notes.txt", "c.json"):
-        (tmp_path / name).write_bytes(GOOD)
+        (tmp_path / name).write_bytes(gzip.compress(GOOD) if name.endswith(".gz") else GOOD)
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "d.jsonl").write_bytes(GOOD)
     assert names(tmp_path) == names(str(tmp_path)) == ["a.jsonl.gz", "b.jsonl"]
@@ -61,6 +61,26 @@ def test_what_names_no_files_is_refused(tmp_path):
     ]:
         with pytest.raises(DataError, match=says):
             find_files(source)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "A.JSONL.GZ"])
+def test_a_name_of_gzip_whose_file_is_none_is_refused(name, tmp_path):
+    path, packed = tmp_path / name, gzip.compress(GOOD)
+    for content, says in [
+        (b"", r"cut short \(0 bytes\)"),
+        (packed[:1], r"cut short \(1 bytes\)"),
+        (GOOD, r"is no gzip file"),
+        (b"\0" * 50, r"is no gzip file"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: .*{says}"):
+            find_files([path])
+    for cut in range(2, len(packed)):  # from here on, reading tells
+        path.write_bytes(packed[:cut])
+        with pytest.raises(DataError, match="gzip file is damaged or cut short"):
+            toy_feed([path]).batches(0)
+    path.write_bytes(packed)
+    assert find_files([path])[0].is_gzip
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])

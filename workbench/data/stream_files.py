@@ -80,7 +80,8 @@ def find_files(source: object) -> tuple[StreamFile, ...]:
             `?`, `[…]` or `**`; or a list of these.
 
     Raises:
-        DataError: nothing there, no regular file, a link out of the folder, or a file named twice.
+        DataError: nothing there, no regular file, a link out of the folder, a file named twice, or
+            one named .gz that is none.
     """
     sources = source if isinstance(source, list | tuple) else [source]
     paths = [found for one in sources for found in _paths(one)]
@@ -94,7 +95,12 @@ def find_files(source: object) -> tuple[StreamFile, ...]:
                 what = "is named twice, so its rows would be trained twice a pass"
                 raise DataError(what, where=path)
             there.add((status.st_dev, status.st_ino))
-            files.append(StreamFile(path, *_describe(file, path), inside))
+            size, head, is_gzip = _describe(file, path)
+            if path.name.lower().endswith(".gz") and not is_gzip:
+                what = "is no gzip file" if size >= len(GZIP) else "gzip file is cut short"
+                cure = "Fetch or pack it again; a file that is not packed has no .gz in its name."
+                raise DataError(f"{what} ({size} bytes)", where=path, cure=cure)
+            files.append(StreamFile(path, size, head, is_gzip, inside))
     return tuple(files)
 
 
