@@ -14,10 +14,11 @@ from mlx_lm.utils import quantize_model, save
 
 import workbench as wb
 from tests.test_layers import LLAMA3, close
-from tests.toy import TOY_CONFIG, VOCAB_SIZE, toy_model, toy_tokenizer
+from tests.toy import TOY_CONFIG, VOCAB_SIZE, save_toy_folder, toy_model, toy_tokenizer
 from tests.toy_folders import A_WEIGHT, TOKENS, equal_bits, rewrite, weights_of
 from tests.toy_gguf import trained_tokenizer, write_toy_gguf
 from workbench.errors import ConfigError, TokenizerError, WeightsError
+from workbench.models import loading
 from workbench.models.files import write_safetensors
 from workbench.models.gguf_format import GGUFFile
 from workbench.models.llama import Llama
@@ -242,3 +243,19 @@ def test_a_missing_tensor_of_another_architecture_is_named(tmp_path):
     rewrite(folder, lambda tensors: tensors.pop(A_WEIGHT))
     with pytest.raises(WeightsError, match=f"1 missing: {A_WEIGHT}"):
         wb.load_model(folder)
+
+
+def test_what_is_quantised_is_never_whole_in_memory(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
+    folder = save_toy_folder(tmp_path / "model", **sizes)
+    whole = (folder / "model.safetensors").stat().st_size
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    base = wb.load_model(folder, quantise={"bits": 4})
+    assert mx.get_peak_memory() - before < 0.5 * whole
+    small = wb.Machine("small", whole // 2)
+    monkeypatch.setattr(loading, "machine_memory", lambda: small)
+    with pytest.raises(ConfigError, match="bytes of parameters; this machine has"):
+        wb.load_model(folder)
+    again = wb.load_model(folder, quantise={"bits": 4})
+    assert equal_bits(weights_of(again.model), weights_of(base.model))

@@ -58,6 +58,15 @@ def test_several_changes_are_advised_together_if_one_is_not_enough():
         assert not with_settings(plan, rest).roomy, name
 
 
+def test_four_bits_are_advised_on_a_cpu_too_if_they_are_enough():
+    box = Machine("Linux box", 16 * GB, available_bytes=15 * GB)
+    plan = planned(LLAMA_8B, box, micro_batch_size=1, length=64)
+    (advice,) = plan.advice
+    assert advice.settings == {"bits": 4}
+    assert not plan.fits
+    assert advice.plan.roomy
+
+
 def test_a_hopeless_machine_is_told_so():
     plan = planned(LLAMA_8B, Machine("tiny", GB, available_bytes=GB))
     assert plan.advice == ()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
 import workbench as wb
-from tests.toy import toy_base
+from tests.toy import TOY_CONFIG, save_toy_folder, toy_base
 from workbench.errors import ConfigError, MemoryWarning, WorkbenchError
 from workbench.tuning.lora import LoRAConfig
 from workbench.tuning.presets import PRESETS, preset
@@ -46,15 +47,58 @@ def test_what_does_not_fit_is_refused_before_anything_is_fetched(monkeypatch):
         dataclasses.replace(huge, model="no/such-model").trainer(force=True)
 
 
-def test_its_trainer_trains_its_adapter():
-    short = dataclasses.replace(
-        EARLIER,
-        lora=LoRAConfig(rank=2, alpha=4, target_modules=("q_proj", "o_proj"), num_layers=1),
-        train=dataclasses.replace(EARLIER.train, steps=2, warmup_steps=0),
+def test_four_bits_are_planned_and_advised_where_they_fit(monkeypatch):
+    box = wb.Machine("a Linux box", 24 * GB, available_bytes=20 * GB)
+    monkeypatch.setattr(wb.Machine, "here", classmethod(lambda cls: box))
+    plain, packed = EARLIER.plan(), EARLIER.plan(quantise={"bits": 4})
+    assert not plain.fits
+    assert packed.roomy
+    assert [advice.settings for advice in plain.advice] == [{"bits": 4}]
+    assert plain.advice[0].plan.process_bytes == packed.process_bytes
+    with pytest.raises(ConfigError, match=r'quantise=\{"bits": 4\}: .* GB, margin') as caught:
+        EARLIER.trainer()
+    assert "bits=4" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"quantise: .*got 64, 5\.5"):
+        EARLIER.plan(quantise={"bits": 5.5})
+
+
+TINY = dataclasses.replace(
+    EARLIER,
+    lora=LoRAConfig(rank=2, alpha=4, target_modules=("q_proj", "o_proj"), num_layers=1),
+    train=dataclasses.replace(EARLIER.train, steps=2, warmup_steps=0),
+    max_length=24,
+)
+ROWS = [{"text": f"row {number} of the text that is trained"} for number in range(20)]
+
+
+def test_a_preset_loads_its_model_quantised_and_keeps_so_many_tokens_of_a_row(tmp_path):
+    folder = save_toy_folder(tmp_path / "toy")
+    tiny = dataclasses.replace(TINY, model=str(folder), dimensions=TOY_CONFIG)
+    seen = []
+    told = [{"authority_weight": n % 7 / 10, "provenance_entropy": 1.0} for n in range(len(ROWS))]
+    trainer = tiny.trainer(
+        [row | own for row, own in zip(ROWS, told, strict=True)],
+        quantise={"bits": 4, "group_size": 32},
+        objective=wb.ProvenanceConfig("weighted"),
+        observers=seen.append,
     )
+    assert {len(row) for row in trainer.data.train} == {24}
+    assert isinstance(trainer.model.model.layers[0].mlp.up_proj, nn.QuantizedLinear)
+    assert list(trainer) == seen
+    assert trainer.objective.config.kind == "weighted"
+
+
+def test_arguments_that_no_trainer_takes_are_refused_before_anything_is_loaded():
+    lost = dataclasses.replace(TINY, model="no/such-model", dimensions=TOY_CONFIG)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'objektive'"):
+        lost.trainer(ROWS, objektive=None)
+    with pytest.raises(ConfigError, match="a base is given"):
+        lost.trainer(ROWS, base=toy_base(), quantise={"bits": 4})
+
+
+def test_its_trainer_trains_its_adapter():
     base = toy_base()
-    rows = [{"text": f"row {number} of the text that is trained"} for number in range(20)]
-    trainer = short.trainer(wb.load_dataset(rows, base.tokenizer), base=base)
+    trainer = TINY.trainer(wb.load_dataset(ROWS, base.tokenizer), base=base)
     names = [name for name, _ in tree_flatten(base.model.trainable_parameters())]
     assert len(names) == 4
     before = wb.fingerprint(base.model)

@@ -92,18 +92,24 @@ def load_model(
     """
     path, dtype = find_model(source), check_floating(dtype) or default_dtype()
     load = _load_gguf if path.is_file() else _load_folder
-    base = load(path, dtype, tokenizer, quantise is True)
+    base = load(path, dtype, tokenizer, quantise)
     base.name, base.quantise = os.fspath(source), quantise
     if strict:
         base.report.require_complete()
-    _require_room(base.model, path)
     if quantise is not None:
         base.report.notes.append(_quantised(base.model, quantise))
-    mx.eval(base.model.parameters())
+    _require_room(base.model, path)
+    _evaluate(base.model)
     if strict:
         _require_finite(base.model.parameters(), path)
     base.model.eval()
     return base
+
+
+def _evaluate(model: nn.Module) -> None:
+    """Compute the parameters one by one: what one is quantised from need not stay for the next."""
+    for _, parameter in tree_flatten(model.parameters()):
+        mx.eval(parameter)
 
 
 def check_floating(dtype: object) -> mx.Dtype | None:
@@ -151,9 +157,9 @@ def _require_room(model: nn.Module, where: object) -> None:
 
 
 def _load_gguf(
-    path: Path, dtype: mx.Dtype | None, tokenizer: object, keep_quantised: bool
+    path: Path, dtype: mx.Dtype | None, tokenizer: object, quantise: Quantise
 ) -> BaseModel:
-    if keep_quantised:
+    if quantise is True:
         raise ConfigError(
             "quantise=True keeps a folder's layers; those of a .gguf file become numbers",
             cure='Quantise on load: quantise={"bits": 4, "group_size": 32}.',
@@ -185,14 +191,14 @@ def _dimensions(
 
 
 def _load_folder(
-    path: Path, dtype: mx.Dtype | None, tokenizer: object, keep_quantised: bool
+    path: Path, dtype: mx.Dtype | None, tokenizer: object, quantise: Quantise
 ) -> BaseModel:
     raw_config = read_config(path)
     if _is_ours(raw_config):
-        model, config, report = _build(path, raw_config, dtype, keep_quantised or on_gpu())
+        model, config, report = _build(path, raw_config, dtype, quantise is True or on_gpu())
     else:
         model, config, report = build_with_mlx_lm(path, raw_config, dtype)
-    if report.complete:
+    if report.complete and not isinstance(quantise, Mapping):  # then they need not all be there
         _require_room(model, path)
         mx.async_eval(model.parameters())  # MLX reads them while the tokenizer is made
     words = load_tokenizer(tokenizer or path)  # after it: transformers, too, reads config.json

@@ -93,7 +93,7 @@ def quantise(model: nn.Module, settings: Mapping[str, object]) -> str:
     Raises:
         ConfigError: settings that MLX does not have, or nothing that can be quantised.
     """
-    settings = _given(settings)
+    settings = given_settings(settings)
     group_size = settings["group_size"]
     layers = [m for _, m in model.named_modules() if hasattr(m, "to_quantized")]
     fitting = {id(m) for m in layers if m.weight.shape[-1] % group_size == 0}
@@ -104,7 +104,8 @@ def quantise(model: nn.Module, settings: Mapping[str, object]) -> str:
     return f"{len(fitting)} layers quantised to {settings['bits']} bits by {group_size}{left}"
 
 
-def _given(settings: object) -> dict[str, object]:
+def given_settings(settings: object) -> dict[str, object]:
+    """bits, group_size and mode of what a caller asks for; raises ConfigError as `quantise`."""
     try:
         if not isinstance(settings, Mapping) or set(settings) - {"bits", "group_size", "mode"}:
             raise ConfigError(f"got {reprlib.repr(settings)}")

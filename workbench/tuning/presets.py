@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 
 from workbench.data.datasets import Dataset, load_dataset
 from workbench.errors import ConfigError, MemoryWarning
-from workbench.models.loading import BaseModel, load_model
+from workbench.models.loading import BaseModel, Quantise, load_model
+from workbench.models.quantisation import given_settings
 from workbench.probes.planner import plan_memory
 from workbench.probes.planning.machine import Machine
 from workbench.probes.planning.plan import MemoryPlan
@@ -43,12 +45,17 @@ class Preset:
     train: TrainConfig
     max_length: int  # tokens of a row that are kept
 
-    def plan(self, machine: Machine | None = None) -> MemoryPlan:
+    def plan(self, machine: Machine | None = None, quantise: Quantise = None) -> MemoryPlan:
         """Peak memory by part and whether it fits, before a byte is fetched.
 
         Args:
             machine: that it shall run on; None for this one.
+            quantise: as for `load_model`.
+
+        Raises:
+            ConfigError: MLX has no such quantisation.
         """
+        asked = quantise is not None and quantise is not True
         return plan_memory(
             self.dimensions,
             lora=self.lora,
@@ -56,6 +63,7 @@ class Preset:
             grad_accum_steps=self.train.grad_accum_steps,
             grad_checkpoint=self.train.grad_checkpoint,
             length=self.max_length,
+            bits=given_settings(quantise)["bits"] if asked else None,
             machine=machine,
         )
 
@@ -66,6 +74,8 @@ class Preset:
         *,
         base: BaseModel | None = None,
         force: bool = False,
+        quantise: Quantise = None,
+        **trainer_arguments: object,
     ) -> Trainer:
         """Plan; then load the model and the rows, attach the adapter, and be ready to train.
 
@@ -74,20 +84,27 @@ class Preset:
             run_dir: as for `Trainer`.
             base: another model than the preset's, which is then neither planned nor loaded.
             force: load although the plan says that it does not fit.
+            quantise: as for `load_model`, which is planned, too: {"bits": 4}.
+            trainer_arguments: further ones of `Trainer`: objective, observers, allow_changes, …
 
         Raises:
             ConfigError: it does not fit this machine; nothing was fetched.
+            TypeError: `Trainer` has no such argument; nothing was fetched.
 
         Warns:
             MemoryWarning: it is forced, or fits with a margin below 20 %.
         """
+        inspect.signature(Trainer).bind(base, data, self.train, run_dir, **trainer_arguments)
         if base is None:
-            self._judge(self.plan(), force)
-            base = load_model(self.model)
+            self._judge(self.plan(quantise=quantise), force)
+            base = load_model(self.model, quantise=quantise)
+        elif quantise is not None:
+            what = "quantise is for the preset's own model, and a base is given"
+            raise ConfigError(what, cure="Load the base quantised: load_model(…, quantise=…).")
         add_lora(base.model, self.lora)
         if not isinstance(data, Dataset):
             data = load_dataset(data, base.tokenizer, max_length=self.max_length)
-        return Trainer(base, data, self.train, run_dir)
+        return Trainer(base, data, self.train, run_dir, **trainer_arguments)
 
     def _judge(self, plan: MemoryPlan, force: bool) -> None:
         if plan.fits and plan.roomy:
@@ -95,6 +112,7 @@ class Preset:
         verdict = f"{self.name}: {plan.summary}"
         if not plan.fits and not force:
             cure = "; ".join(str(advice) for advice in plan.advice)
+            cure = cure.replace("bits=4", 'quantise={"bits": 4}')  # as `trainer` calls it
             raise ConfigError(verdict, cure=cure or "It needs a larger machine.")
         warnings.warn(verdict, MemoryWarning, stacklevel=3)
 

@@ -95,7 +95,8 @@ def levers(plan: MemoryPlan) -> Iterator[Sequence[Settings]]:
         yield [{"fused_loss": True}]
     if request.mode == "full":
         yield [{"mode": "lora"}]
-    if request.mode == "lora" and request.gpu and (request.bits or 16) > FOUR_BITS:
+    packs = request.mode == "lora" and (request.bits or 16) > FOUR_BITS
+    if packs and request.gpu:
         yield [{"bits": FOUR_BITS}]
     lengths = range((request.length - 1) // SHORTER_BY * SHORTER_BY, 0, -SHORTER_BY)
     if lengths:
@@ -103,6 +104,8 @@ def levers(plan: MemoryPlan) -> Iterator[Sequence[Settings]]:
     fewer = range((request.num_layers or layers) - 1, 0, -1)
     if request.mode == "lora" and fewer:
         yield [{"num_layers": number} for number in fewer]
+    if packs and not request.gpu:  # a CPU is tens of times slower with them: after all else
+        yield [{"bits": FOUR_BITS}]
 
 
 def _mildest(plan: MemoryPlan, lever: Sequence[Settings]) -> tuple[Settings, MemoryPlan] | None:

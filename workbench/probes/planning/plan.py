@@ -131,7 +131,8 @@ class MemoryPlan:
             notes.append("GPU: after MLX's source, not measured.")
         if request.bits and not request.gpu:
             notes.append(
-                "load_model dequantises on a CPU, unless it is told otherwise: quantise=True."
+                "A CPU computes with plain numbers, unless load_model is told otherwise: "
+                'quantise=True for a quantised file, quantise={"bits": 4} for any. It is slower.'
             )
         if not request.model.parted:
             kind = request.model.config.model_type
