@@ -12,11 +12,12 @@ import workbench as wb
 from tests.test_layers import close
 from tests.toy import TOY_CONFIG, VOCAB_SIZE, save_toy_folder, toy_model, toy_tokenizer
 from tests.toy_folders import TOKENS, equal_bits, rewrite, weights_of
-from workbench.errors import FileFormatError, WeightsError
+from workbench.errors import ConfigError, FileFormatError, WeightsError
 from workbench.models.files import INDEX_NAME, read_safetensors, write_safetensors
 from workbench.models.llama import Llama
 from workbench.models.loading import embedding_rows
 from workbench.models.report import compare
+from workbench.models.safetensors_header import read_header
 
 
 def shard(folder):
@@ -183,9 +184,64 @@ def test_saving_and_loading_leave_the_saved_model_as_it_was(saved):
     assert equal_bits(weights_of(model), weights_of(toy_model(seed=5, tie_word_embeddings=False)))
 
 
-def test_the_metadata_says_who_wrote_the_file(saved):
-    _, metadata = mx.load(str(saved[1]), return_metadata=True)
-    assert metadata["format"] == "mlx"
+def test_the_metadata_says_who_wrote_the_file_and_what_the_caller_wants(saved):
+    model, path = saved
+    assert wb.read_metadata(path).keys() == {"format", "sha256"}
+    told = {"run": "capitals-001", "note": 'é "quoted"\n', "": ""}
+    wb.save_weights(model, path, told)
+    _, theirs = mx.load(str(path), return_metadata=True)
+    assert wb.read_metadata(path) == theirs
+    assert theirs == {**told, "format": "mlx", "sha256": theirs["sha256"]}
+    assert wb.load_weights(model, path).complete
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"sha256": "0"}, "'sha256' is written by save_weights"),
+        ({"format": "pt"}, "'format' is written by save_weights"),
+        ({"step": 3}, "texts by name"),
+        ({3: "step"}, "texts by name"),
+        ({"half": "\ud800"}, "texts by name"),
+        (["a", "b"], "texts by name"),
+        ({"long": "x" * 1_000_001}, "longer than"),
+    ],
+)
+def test_metadata_that_no_file_can_carry_are_refused(saved, metadata, says):
+    model, path = saved
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=says):
+        wb.save_weights(model, path, metadata)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_flipped_bit_of_any_tensor_raises_and_changes_nothing(tmp_path, strict, dtype):
+    model, path = toy_model(seed=5), tmp_path / "w.safetensors"
+    model.set_dtype(dtype)
+    wb.save_weights(model, path)
+    before, whole = wb.fingerprint(model), path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for entry in read_header(path).values():
+        spoilt = bytearray(whole)
+        spoilt[start + entry.start] ^= 1  # the smallest that a number can change
+        path.write_bytes(spoilt)
+        with pytest.raises(FileFormatError, match=r"w\.safetensors: holds other numbers"):
+            wb.load_weights(model, path, strict=strict)
+    assert wb.fingerprint(model) == before
+
+
+def test_tensors_that_changed_places_are_not_what_was_written(saved):
+    model, path = saved
+    tensors, metadata = mx.load(str(path), return_metadata=True)
+    names = [f"model.layers.{n}.mlp.up_proj.weight" for n in (0, 1)]
+    swapped = {**tensors, names[0]: tensors[names[1]], names[1]: tensors[names[0]]}
+    write_safetensors(path, swapped, metadata)
+    with pytest.raises(FileFormatError, match="its SHA-256 is another"):
+        wb.load_weights(model, path)
+    write_safetensors(path, swapped)  # a file without a seal, as other tools write it
+    assert wb.load_weights(model, path).complete
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])

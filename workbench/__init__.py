@@ -44,6 +44,7 @@ from workbench.models.forms import plain_forms
 from workbench.models.loading import load_model, load_weights, save_weights
 from workbench.models.nanochat import NanoChat
 from workbench.models.nanochat_config import NanoChatConfig
+from workbench.models.safetensors_header import read_metadata
 from workbench.probes.alive import what_is_alive
 from workbench.probes.guard import MemoryGuard
 from workbench.probes.invariants import check_model
@@ -144,6 +145,7 @@ __all__ = [
     "profile_step",
     "read_corpus",
     "read_memory",
+    "read_metadata",
     "read_metrics",
     "read_mlx_lm_yaml",
     "read_suites",

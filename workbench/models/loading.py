@@ -28,6 +28,7 @@ from workbench.models.nanochat_config import NanoChatConfig
 from workbench.models.quantisation import dequantise, quantise_like_file
 from workbench.models.quantisation import quantise as quantise_network
 from workbench.models.report import LoadReport, compare
+from workbench.models.sealing import require_sealed, sealed
 from workbench.models.sources import find_model
 from workbench.models.tokenizers import check_tokenizer, gguf_tokenizer, load_tokenizer
 from workbench.numerics import not_finite
@@ -240,20 +241,34 @@ def embedding_rows(model: nn.Module, config: object) -> int:
     return declared if declared in found or not found else max(found)
 
 
-def save_weights(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write every parameter of a network, by name, to one safetensors file."""
-    write_safetensors(path, dict(tree_flatten(model.parameters())))
+def save_weights(
+    model: nn.Module, path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write every parameter of a network, by name, to one safetensors file with their SHA-256.
+
+    Args:
+        model: the network.
+        path: the file; replaced whole or not at all.
+        metadata: texts by name that the file shall carry, too; `read_metadata` gives them back.
+
+    Raises:
+        ConfigError: the metadata are not texts by name, or take the names format or sha256.
+        FileFormatError: the file cannot be written.
+    """
+    parameters = dict(tree_flatten(model.parameters()))
+    write_safetensors(path, parameters, sealed(parameters, metadata))
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike, *, strict: bool = True) -> LoadReport:
     """Fill a network from one safetensors file that `save_weights` wrote.
 
     Raises:
-        FileFormatError: the file is malformed.
+        FileFormatError: the file is malformed, or a byte is not what `save_weights` wrote.
         WeightsError: strict, and a tensor is missing, unexpected, misshapen, of another dtype or
             not finite; the network is then left as it was.
     """
     weights = read_safetensors(path)
+    require_sealed(path, weights)
     expected = dict(tree_flatten(model.parameters()))
     report = compare(expected, weights, source=str(path), same_dtype=True)
     if strict:
