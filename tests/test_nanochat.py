@@ -240,6 +240,33 @@ def test_targets_of_another_shape_raise(shape):
     assert str(shape) in str(caught.value)
 
 
+NO_IDS = {
+    "a list": lambda ids: ids.tolist(),
+    "a NumPy array": np.array,
+    "floats": lambda ids: ids.astype(mx.float32),
+    "truth values": lambda ids: ids > 0,
+}
+
+
+@pytest.mark.parametrize("name", NO_IDS)
+def test_what_are_no_ids_is_named(name):
+    model, wrong = toy_nanochat(), NO_IDS[name](TOKENS)
+    with pytest.raises(DataError, match=r"^tokens must be .*mx\.array"):
+        model(wrong)
+    with pytest.raises(DataError, match=r"^targets must be .*model\(tokens, cache=…\)"):
+        model(TOKENS, wrong)
+    with pytest.raises(DataError, match=r"^targets must be an array of ids, got a list"):
+        model(TOKENS, model.make_cache())  # as mlx-lm calls its models
+
+
+@pytest.mark.parametrize("shape", [(), (12,), (3, 4, 5), (0, 5), (3, 0)])
+def test_tokens_that_are_no_rows_are_named(shape):
+    tokens = mx.zeros(shape, mx.int32)
+    for targets in (None, tokens):
+        with pytest.raises(DataError, match=r"^tokens must be \(B, T\) from 1, got \("):
+            toy_nanochat()(tokens, targets)
+
+
 def test_a_target_outside_the_vocabulary_makes_the_loss_nan():
     targets = mx.array(TOKENS)
     targets[1, 1] = VOCAB_SIZE

@@ -17,6 +17,7 @@ from workbench.models.rope import RotaryEmbedding
 from workbench.models.shared_prompt import SharedPrompt
 
 NORM_EPSILON = 1e-5  # as mlx-lm's
+ROWS_OF_IDS = "Give rows of ids, all of one length: mx.array([[5, 3, 8]])."
 HEAD_STD = 0.001  # of the head's first weights: every first logit is near 0
 
 
@@ -145,10 +146,14 @@ class NanoChat(Decoder):
             count, in nats, a scalar: 0 if none does.
 
         Raises:
-            DataError: targets and tokens differ in shape.
+            DataError: tokens or targets are no ids (B, T), or differ in shape.
         """
+        _require_ids("tokens", tokens, ROWS_OF_IDS)
+        if tokens.ndim != 2 or not tokens.size:
+            raise DataError(f"tokens must be (B, T) from 1, got {tokens.shape}", cure=ROWS_OF_IDS)
         if targets is None:
             return super().__call__(tokens, cache, padding)
+        _require_ids("targets", targets, "A cache is given by its name: model(tokens, cache=…).")
         if targets.shape != tokens.shape:
             raise DataError(
                 f"targets {targets.shape} misaligned with tokens {tokens.shape}",
@@ -194,6 +199,14 @@ class NanoChat(Decoder):
         shape = (config.vocab_size, config.hidden_size)
         self.transformer.wte.weight = mx.random.normal(shape)
         self.lm_head.weight = mx.random.normal(shape, scale=HEAD_STD)
+
+
+def _require_ids(name: str, ids: object, cure: str) -> None:
+    """Raise DataError unless these are an array of whole numbers."""
+    if not isinstance(ids, mx.array):
+        raise DataError(f"{name} must be an array of ids, got a {type(ids).__name__}", cure=cure)
+    if not mx.issubdtype(ids.dtype, mx.integer):
+        raise DataError(f"{name} must be whole numbers, got {ids.dtype}", cure=cure)
 
 
 def _mean_loss(logits: mx.array, targets: mx.array) -> mx.array:
