@@ -1,12 +1,18 @@
 """Tokenizers that are made here give back every text, and are saved with a model."""
 
+import numpy as np
 import pytest
+from tokenizers import AddedToken
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 
+from workbench.data import text_tokenizers
 from workbench.data.examples import encode_row
 from workbench.data.stories import story_corpus
 from workbench.data.text_tokenizers import (
     BYTE_TOKENS,
     SPECIAL,
+    blocks,
     byte_tokenizer,
     make_tokenizer,
     train_bpe,
@@ -62,6 +68,49 @@ def test_the_same_text_gives_the_same_tokenizer(corpus):
     assert one.backend_tokenizer.to_str() == two.backend_tokenizer.to_str()
     other = train_bpe(corpus.held_out, 500)
     assert one.backend_tokenizer.to_str() != other.backend_tokenizer.to_str()
+
+
+def random_text(seed, length=3000):
+    """Words, blanks of many kinds, special tokens and letters of several bytes, in any order."""
+    pieces = ["a", "don't", "Bär", "日本", "🍎", "12", "...", " ", "  ", "\n", "\n\n", "\t", "\r\n"]
+    pieces += ["\u00a0", "\u2028", "\x1c", "\u180e", "'s", "<|", *SPECIAL]
+    return "".join(np.random.default_rng(seed).choice(pieces, length))
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_a_text_in_blocks_has_the_tokens_of_the_whole(tokenizer, size, monkeypatch):
+    monkeypatch.setattr(text_tokenizers, "BLOCK", size)
+    for text in (*TEXTS, *map(random_text, range(20))):
+        parts = list(blocks(text, tokenizer))
+        assert "".join(parts) == text
+        how = {"add_special_tokens": False, "split_special_tokens": False}
+        tokens = [token for part in parts for token in tokenizer.encode(part, **how)]
+        assert tokens == tokenizer.encode(text, **how)
+    parts = list(blocks("word " * 1000, tokenizer))
+    assert max(map(len, parts)) <= size + len("word ")
+
+
+def test_a_text_is_cut_for_tokenizers_that_allow_it_alone(monkeypatch):
+    monkeypatch.setattr(text_tokenizers, "BLOCK", 5)
+    changes = [
+        lambda own: own.backend_tokenizer.add_special_tokens([AddedToken("two words")]),
+        lambda own: own.backend_tokenizer.add_special_tokens([AddedToken("<eats>", rstrip=True)]),
+        lambda own: setattr(own.backend_tokenizer, "pre_tokenizer", Metaspace()),
+        lambda own: setattr(own.backend_tokenizer, "pre_tokenizer", ByteLevel()),
+        lambda own: setattr(own.backend_tokenizer, "normalizer", NFC()),
+    ]
+    for change in changes:
+        tokenizer = byte_tokenizer()
+        assert list(blocks("a text with blanks", tokenizer)) == ["a text", " with blanks"]
+        change(tokenizer)
+        assert list(blocks("a text with blanks", tokenizer)) == ["a text with blanks"]
+
+
+def test_pairs_are_those_of_the_whole_text_whatever_the_blocks(corpus, monkeypatch):
+    text = corpus.train[:20_000] + random_text(3)
+    whole = train_bpe(text, 400).backend_tokenizer.to_str()
+    monkeypatch.setattr(text_tokenizers, "BLOCK", 100)
+    assert train_bpe(text, 400).backend_tokenizer.to_str() == whole
 
 
 def test_special_tokens_are_one_token_and_never_part_of_another(tokenizer):

@@ -6,9 +6,10 @@ Either writes any text that UTF-8 can hold, and gives it back as it was.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from workbench.data.chats import refusing
 from workbench.errors import ConfigError, check_whole
@@ -19,6 +20,8 @@ ROLES = ("user", "assistant")
 SPECIAL = (BEGIN, END, *(f"<|{role}|>" for role in ROLES))
 BYTE_TOKENS = len(SPECIAL) + 256  # what every vocabulary begins with
 DEFAULT_VOCAB, MAX_VOCAB = 1024, 1 << 18
+BLOCK = 250_000  # characters that are tokenised together: a token of them takes 100 bytes and more
+BOUNDARY = re.compile(r"\S(?=[ \n])")  # ByteLevel's pattern begins a new word at the blank
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] not in ['user', 'assistant'] %}"
@@ -76,8 +79,37 @@ def train_bpe(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     )
     pieces = re.split("|".join(map(re.escape, SPECIAL)), text)
     with refusing("text"):
-        tokenizer.train_from_iterator(pieces, trainer)
+        tokenizer.train_from_iterator((b for piece in pieces for b in _cut(piece)), trainer)
     return _finished(tokenizer)
+
+
+def blocks(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """A text in parts whose tokens, one part after the other, are those of the text.
+
+    Of tokenizers that split words as GPT-2's does, such as those made here; for any other, and a
+    text without a blank, the text itself.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    splits = getattr(backend, "pre_tokenizer", None)
+    added = [] if backend is None else backend.get_added_tokens_decoder().values()
+    if (
+        isinstance(splits, pre_tokenizers.ByteLevel)
+        and splits.use_regex
+        and not splits.add_prefix_space
+        and backend.normalizer is None
+        and not any(token.rstrip or re.search(r"\s", token.content) for token in added)
+    ):
+        return _cut(text)
+    return iter([text])
+
+
+def _cut(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        found = BOUNDARY.search(text, start + BLOCK)
+        end = found.end() if found else len(text)
+        yield text[start:end]
+        start = end
 
 
 def _alphabet() -> list[str]:

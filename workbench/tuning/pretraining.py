@@ -67,7 +67,8 @@ def pretrain(
     of a run that was stopped, and the same arguments, the run goes on.
 
     Args:
-        text: a file in UTF-8; a `Corpus`; None for generated stories (`story_corpus`).
+        text: a file in UTF-8, 64 MB at most, of which a byte takes 15 bytes of memory (180 if it
+            has no blanks); a `Corpus`; None for generated stories (`story_corpus`).
         model: a network's dimensions; None for a nanochat GPT of half a million numbers.
         tokenizer: `bpe`, learnt from the training text, or `bytes`.
         vocab_size: tokens at most; None for the rows of `model`, and without one 1024 of `bpe`.
