@@ -21,6 +21,7 @@ from tests.toy_provenance import (
     toy_documents,
     with_provenance,
 )
+from tests.toy_streams import toy_stream, write_files
 from tests.toy_training import computed, state_of, toy_trainer, trained
 from workbench.data.batches import collate
 from workbench.errors import ConfigError, DataError, FallbackWarning, ObjectiveWarning, RunError
@@ -118,6 +119,8 @@ def test_an_automatic_weight_brings_the_mean_to_five_within_its_limits(losses, w
         ({"weight": True}, "weight must be a number"),
         ({"kind": "weighted", "weight": 0.1}, "the kind weighted has no weight"),
         ({"force_alpha": 1}, "force_alpha must be True or False"),
+        ({"weight": 1e300}, r"weight must be at most 1e\+30, got 1e\+300"),
+        ({"alpha": 1e39, "force_alpha": True}, r"alpha must be at most 1e\+30"),
     ],
 )
 def test_bad_settings_are_refused(settings, says):
@@ -434,6 +437,24 @@ def test_the_fused_loss_is_kept_where_it_is_exact():
         provenance_trainer(kind, fused_loss=True, epochs=2) for kind in (None, "additive")
     )
     assert [r.loss for r in plain] == [r.loss for r in additive]
+
+
+def test_a_stream_cannot_be_weighed(tmp_path):
+    base = toy_base()
+    add_lora(base.model)
+    for kind in ("additive", "weighted"):
+        with pytest.raises(ConfigError, match=r"a stream cannot be weighed: .*load_dataset"):
+            Trainer(
+                base,
+                toy_stream(write_files(tmp_path)),
+                TrainConfig(steps=2),
+                objective=ProvenanceConfig(kind),
+            )
+
+
+def test_the_largest_weight_still_makes_finite_numbers():
+    trainer = provenance_trainer("additive", objective={"weight": 1e30}, epochs=1)
+    assert all(math.isfinite(report.extras["provenance"]) for report in trainer)
 
 
 def test_data_and_objective_must_fit():

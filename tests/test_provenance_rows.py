@@ -15,6 +15,7 @@ from workbench.data.batches import collate
 from workbench.data.datasets import load_dataset
 from workbench.data.examples import encode_row
 from workbench.data.provenance import add_provenance, score_document
+from workbench.data.provenance_words import read_words
 from workbench.errors import ConfigError, DataError, FileFormatError
 
 KEYS = ("authority_weight", "provenance_entropy")
@@ -136,13 +137,23 @@ def test_what_is_missing_may_be_refused(tokenizer):
             load()
 
 
-def test_another_word_file_may_be_given(tmp_path):
+def test_another_word_file_may_be_given(tokenizer, tmp_path):
     path = write_lists(tmp_path / "words.json", institutions={"university": 0.35})
     (own,), (other,) = add_provenance([BARE]), add_provenance([BARE], words=path)
     assert other["authority_weight"] == pytest.approx(own["authority_weight"] + 0.15)
+    for words in (path, str(path), read_words(path)):
+        scored = {"provenance": "score", "words": words, "valid_fraction": 0}
+        loaded = load_dataset({"train": [BARE], "test": [BARE]}, tokenizer, **scored)
+        for example in (*loaded.train, *loaded.test):
+            assert {key: getattr(example, key) for key in KEYS} == {key: other[key] for key in KEYS}
+    for provenance in (None, "refuse"):
+        with pytest.raises(ConfigError, match="words are for scoring, and provenance is"):
+            load_dataset([HEAVY], tokenizer, provenance=provenance, words=path)
     path.write_text("{}")
     with pytest.raises(FileFormatError, match=r"words\.json: has no key"):
         add_provenance([BARE], words=str(path))
+    with pytest.raises(FileFormatError, match=r"words\.json: has no key"):
+        load_dataset([BARE], tokenizer, provenance="score", words=path)
 
 
 def test_any_source_is_scored_on_loading(tokenizer, tmp_path):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import html
+import os
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from workbench.data.examples import Example, encode_row
 from workbench.data.provenance import with_provenance
+from workbench.data.provenance_words import ProvenanceWords
 from workbench.data.row_sources import SPLITS, read_source
 
 
@@ -71,6 +73,7 @@ def load_dataset(
     valid_fraction: float = 0.1,
     seed: int = 0,
     provenance: str | None = None,
+    words: str | os.PathLike | ProvenanceWords | None = None,
 ) -> Dataset:
     """Read and tokenise a data set.
 
@@ -83,20 +86,19 @@ def load_dataset(
         allow_special_tokens: whether those that messages spell act, see `encode_row`.
         valid_fraction, seed: share of the rows that validate, drawn where there are no splits.
         provenance: of rows that say none: "score", "refuse" (see `add_provenance`), None: as is.
+        words: that rows are scored by: a word file in place of the package's own.
 
     Raises:
         DataError: nothing there, or a row that cannot be trained on; names the line or the row.
         ConfigError: a setting is out of range, or a stream comes without a limit.
+        FileFormatError: the word file is malformed.
     """
     found = read_source(source, limit, valid_fraction, seed)
-    encode = functools.partial(
-        encode_row,
-        max_length=max_length,
-        train_on=train_on,
-        allow_special_tokens=allow_special_tokens,
-    )
+    how = {"max_length": max_length, "train_on": train_on}
+    encode = functools.partial(encode_row, **how, allow_special_tokens=allow_special_tokens)
+    scored = functools.partial(with_provenance, missing=provenance, words=words)
     encoded = {
-        split: [encode(row, tokenizer, where=at) for at, row in with_provenance(rows, provenance)]
+        split: [encode(row, tokenizer, where=at) for at, row in scored(rows)]
         for split, rows in found.splits.items()
     }
     return Dataset(found.name, **encoded, allow_special_tokens=allow_special_tokens)

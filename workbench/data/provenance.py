@@ -142,11 +142,21 @@ def add_provenance(
     return [{**row, **own} for row, own in zip(rows, values)]
 
 
-def with_provenance(rows: Rows, missing: str | None) -> Rows:
-    """`add_provenance` of rows that have their places with them; None leaves them as they are."""
+def with_provenance(
+    rows: Rows, missing: str | None, words: str | os.PathLike | ProvenanceWords | None = None
+) -> Rows:
+    """`add_provenance` of rows that have their places with them; None leaves them as they are.
+
+    Raises:
+        ConfigError: there are words to score by, and nothing is to be scored.
+    """
+    if words is not None and missing != "score":
+        what = f"words are for scoring, and provenance is {missing!r}"
+        raise ConfigError(what, cure="Give provenance='score' with them.")
     if missing is None:
         return rows
-    return [(where, {**row, **own}) for (where, row), own in zip(rows, _complete(rows, missing))]
+    values = _complete(rows, missing, words)
+    return [(where, {**row, **own}) for (where, row), own in zip(rows, values)]
 
 
 def _complete(

@@ -28,6 +28,7 @@ from workbench.data.batches import Batch
 from workbench.data.examples import Example
 from workbench.data.preferences import PreferenceDataset
 from workbench.data.rows import PROVENANCE_RANGES, provenance_of
+from workbench.data.streams import StreamDataset
 from workbench.errors import (
     ConfigError,
     DataError,
@@ -46,6 +47,7 @@ ALPHAS = (2.3, 3.0)
 EPSILON = 1e-8
 TYPICAL_LOSS = 5.0  # nats a target, that λ·mean(L) is brought to
 COUNTED_ROWS = 100  # from the start of the training data, for λ
+LARGEST_FACTOR = 1e30  # float32 still holds it times any d² that a text can have
 WEIGHTS = (0.001, 1.0)  # of an automatic λ
 IN_WORDS = "it is made of the data alone, has no gradient and changes no update"
 
@@ -67,7 +69,7 @@ class ProvenanceConfig:
             raise ConfigError(f"unknown kind {self.kind!r} of provenance", cure=f"Use {KINDS}.")
         if not isinstance(self.force_alpha, bool):
             raise ConfigError(f"force_alpha must be True or False: {self.force_alpha!r}")
-        check_number("alpha", self.alpha, 0)
+        _check_factor("alpha", self.alpha)
         if not self.alpha or not (self.force_alpha or ALPHAS[0] <= self.alpha <= ALPHAS[1]):
             raise ConfigError(
                 f"alpha is {self.alpha!r}, outside [{ALPHAS[0]:g}, {ALPHAS[1]:g}]",
@@ -78,7 +80,13 @@ class ProvenanceConfig:
         if self.kind == "weighted":
             cure = "Leave weight at 'auto'; it is the λ of the additive term."
             raise ConfigError("the kind weighted has no weight λ", cure=cure)
-        check_number("weight", self.weight, 0)
+        _check_factor("weight", self.weight)
+
+
+def _check_factor(name: str, value: object) -> None:
+    check_number(name, value, 0)
+    if value > LARGEST_FACTOR:
+        raise ConfigError(f"{name} must be at most {LARGEST_FACTOR:g}, got {value!r}")
 
 
 def squared_distances(authority_weight: np.ndarray, provenance_entropy: np.ndarray) -> np.ndarray:
@@ -195,7 +203,7 @@ def use_provenance(trainer: Trainer, config: ProvenanceConfig) -> ProvenanceObje
     Validation, and with it the best checkpoint, goes by that.
 
     Raises:
-        ConfigError: the data are preference pairs.
+        ConfigError: the data are preference pairs, or a stream.
         DataError: see `ProvenanceObjective`.
 
     Warns:
@@ -206,6 +214,11 @@ def use_provenance(trainer: Trainer, config: ProvenanceConfig) -> ProvenanceObje
         raise ConfigError(
             f"a provenance objective needs rows, {trainer.data.name} holds {trainer.data.unit}",
             cure="Load them with wb.load_dataset(…).",
+        )
+    if isinstance(trainer.data, StreamDataset):
+        raise ConfigError(
+            "a stream cannot be weighed: a provenance objective must know all rows beforehand",
+            cure="Load them with wb.load_dataset(…, provenance='score').",
         )
     objective = ProvenanceObjective(config, trainer.data.train)
     if config.kind == "additive":
