@@ -55,6 +55,20 @@ def test_the_order_is_a_function_of_the_seed(tmp_path):
     assert one == same != other
 
 
+def test_the_files_are_read_in_another_order_by_each_pass_and_seed(tmp_path):
+    write_files(tmp_path, counts=(40,) * 6)  # more rows than are sorted by length together
+    orders = {}
+    for seed in range(3):
+        feed, step = toy_feed(tmp_path, batch_size=1, buffer_rows=1, seed=seed), 0
+        for epoch in range(3):
+            steps, step = one_pass(feed, step)
+            rows = np.array(numbers(steps)) // 40
+            ranks = [float(np.flatnonzero(rows == file).mean()) for file in range(6)]
+            orders[seed, epoch] = tuple(np.argsort(ranks).tolist())
+    assert len(set(orders.values())) == len(orders) == 9
+    assert tuple(range(6)) not in orders.values()
+
+
 def test_rows_are_those_of_a_data_set(tmp_path, tokenizer):
     chats = [conversation(f"question {n}", f"answer {n} <|im_end|>") for n in range(9)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*chats, {"text": "é" * 50}, *numbered(5)])
