@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -12,13 +13,18 @@ import pytest
 
 from tests.process import finish, start
 from tests.toy import toy_dataset, toy_model
+from tests.toy_architectures import small_base, small_rows
 from tests.toy_training import RAGGED, FailAt, computed, state_of, toy_trainer
+from workbench.data.datasets import Dataset
 from workbench.errors import FileFormatError, ResumeWarning, RunError, WeightsError
 from workbench.models.files import read_json, write_json
 from workbench.runs import lock
 from workbench.runs.commits import MANIFEST_NAME
 from workbench.tuning import identity, reporting, resuming
 from workbench.tuning.checkpoints import list_checkpoints, read_checkpoint
+from workbench.tuning.config import TrainConfig
+from workbench.tuning.lora import add_lora
+from workbench.tuning.trainer import Trainer
 
 SETTINGS = {
     "cosine": {},
@@ -232,6 +238,19 @@ def test_a_network_that_trains_as_a_whole_is_compared_too(tmp_path):
     stopped_after(2, tmp_path, epochs=3, full=True)
     with pytest.raises(RunError, match="one: rope_theta is 50000, was 10000\\. "):
         toy_trainer(run_dir=tmp_path, epochs=3, full=True, network={"rope_theta": 50_000.0})
+
+
+def test_the_settings_of_a_network_that_mlx_lm_built_are_compared_too(tmp_path):
+    def trainer(**changes):
+        base = small_base("qwen2")
+        base.config = dataclasses.replace(base.config, **changes)
+        add_lora(base.model)
+        return Trainer(base, Dataset("toy", small_rows([7, 12])), TrainConfig(steps=2), tmp_path)
+
+    trainer().step()
+    with pytest.raises(RunError, match="one: rope_theta is 5000, was "):
+        trainer(rope_theta=5000.0)
+    assert trainer().steps_done == 0  # the checkpoint of the start
 
 
 def test_another_seed_of_the_adapter_is_the_same_run(tmp_path):
