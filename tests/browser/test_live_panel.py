@@ -106,9 +106,9 @@ def test_closed_tab_shows_live_pictures_again_and_stops(watched):
     notebook = watched()
     notebook.reopen()
     notebook.wait_for_picture()
-    already, steps = notebook.pictures(), notebook.steps()
+    already = notebook.pictures()
     wait_until(lambda: notebook.pictures() > already, PICTURES_SECONDS, "they stand still")
-    assert notebook.steps() > steps
+    notebook.goes_on()  # the second picture may be of the step that was the last at reopening
     moment = notebook.click("Stop")
     notebook.button("Stop").wait_for(state="detached")
     assert notebook.begun_after(moment) <= 2
