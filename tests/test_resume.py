@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -274,15 +275,21 @@ def test_layers_that_are_adapted_otherwise_than_others_are_compared_one_by_one(t
     assert (first["kind"], first["rank"]) == ("LoRA", 4)
 
 
-def test_a_run_from_before_network_and_adapter_were_kept_goes_on(tmp_path, monkeypatch):
-    known = identity.identity
-    with monkeypatch.context() as older:
-        unknown = {"network", "adapter"}
-        older.setattr(
-            resuming,
-            "identity",
+@contextlib.contextmanager
+def older_version(monkeypatch, module, name, unknown):
+    """A time when a function of a module did not yet give some of its entries."""
+    known = getattr(module, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            module,
+            name,
             lambda *given: {k: v for k, v in known(*given).items() if k not in unknown},
         )
+        yield
+
+
+def test_a_run_from_before_network_and_adapter_were_kept_goes_on(tmp_path, monkeypatch):
+    with older_version(monkeypatch, resuming, "identity", {"network", "adapter"}):
         stopped_after(2, tmp_path, epochs=3)
     assert toy_trainer(run_dir=tmp_path, epochs=3).steps_done == 2
 
@@ -309,14 +316,7 @@ def test_limits_may_change_freely(tmp_path):
 
 
 def test_a_run_from_before_a_setting_was_known_had_its_default(tmp_path, monkeypatch):
-    known = identity._settings
-    unknown = {"fused_loss", "adam_betas"}
-    with monkeypatch.context() as older:
-        older.setattr(
-            identity,
-            "_settings",
-            lambda *given: {k: v for k, v in known(*given).items() if k not in unknown},
-        )
+    with older_version(monkeypatch, identity, "_settings", {"fused_loss", "adam_betas"}):
         stopped_after(2, tmp_path, epochs=3)
     assert toy_trainer(run_dir=tmp_path, epochs=3).steps_done == 2
     with pytest.raises(RunError, match="fused_loss is True, was None"):
