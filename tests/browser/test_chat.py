@@ -18,6 +18,7 @@ from tests.toy import toy_base
 from workbench.live.chat import chat
 base = toy_base(hidden_size=256, intermediate_size=512, num_hidden_layers=16)  # slow enough to see
 wb.add_lora(base.model, wb.LoRAConfig(rank=4))
+mx.random.seed(2)  # others may end the first answer at once
 for _, module in base.model.named_modules():
     if "lora_b" in module:
         module.lora_b = 0.1 * mx.random.normal(module.lora_b.shape)
