@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import workbench as wb  # isort: split
 
+import asyncio
 import os
 import pickle
 import signal
@@ -160,6 +161,13 @@ def faults_job(ranks: Ranks, folder: Path) -> dict:
 
     skipping = trainer_of(ranks, loss_fn=bad, on_bad_step="skip", steps=2)
     leaving = trainer_of(ranks, loss_fn=interrupted)
+    between = trainer_of(ranks, run_dir=folder / "between")
+
+    def interrupted_between():
+        for report in between:
+            if second and report.step == 2:
+                signal.raise_signal(signal.SIGINT)
+
     drifting = trainer_of(ranks, checkpoint_every=2, run_dir=folder / "drifted")
 
     def drift():
@@ -174,6 +182,8 @@ def faults_job(ranks: Ranks, folder: Path) -> dict:
         "skipped": [report.skipped for report in skipping],
         "interrupted": raised(lambda: list(leaving)),
         "left": (leaving.steps_done, leaving.stop_reason),
+        "between": raised(interrupted_between),
+        "left_between": (between.steps_done, between.stop_reason),
         "drift": raised(drift),
         "settings": raised(lambda: trainer_of(ranks, seed=ranks.rank, max_grad_norm=1.0 + second)),
         "data": raised(lambda: trainer_of(ranks, data=toy_dataset(ROWS[second:]))),
@@ -188,9 +198,27 @@ def faults_job(ranks: Ranks, folder: Path) -> dict:
     return found
 
 
+def paused_job(ranks: Ranks, folder: Path) -> dict:
+    """Rank 0 is stopped while its panel pauses: the others must hear of it."""
+    trainer = trainer_of(ranks)
+    if ranks.is_first:
+        panel = wb.LivePanel(trainer)
+
+        async def scene() -> None:
+            asyncio.get_running_loop().call_later(0, panel.pause)
+            asyncio.get_running_loop().call_later(0.2, panel.stop)
+            await asyncio.wait_for(panel.watch(), 60)
+
+        asyncio.run(scene())
+    else:
+        list(trainer)
+    return {"left": (trainer.steps_done < STEPS, trainer.stop_reason)}
+
+
 def all_job(ranks: Ranks, folder: Path) -> dict:
     """Everything that does not end the process, for one start."""
-    return {job.__name__: job(ranks, folder) for job in (equal_job, resumed_job, faults_job)}
+    jobs = (equal_job, resumed_job, faults_job, paused_job)
+    return {job.__name__: job(ranks, folder) for job in jobs}
 
 
 def forever_job(ranks: Ranks, folder: Path) -> dict:

@@ -21,6 +21,7 @@ from tests.process import ROOT
 from tests.toy import save_toy_folder
 from workbench.commands import launch
 from workbench.errors import ConfigError, RankError
+from workbench.runs.hosts import find_ports
 from workbench.runs.launching import Limits, run_ranks
 from workbench.runs.store import read_rows
 
@@ -174,6 +175,12 @@ def test_a_port_in_use_is_refused_before_anything_starts(tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
+def test_drawn_ports_are_none_that_outgoing_connections_get():
+    drawn = [find_ports(2, None) for _ in range(20)]
+    assert all(20_000 <= port < 32_768 for pair in drawn for port in pair)
+    assert len({port for pair in drawn for port in pair}) > 30, "two launches at once draw others"
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_rank_outlives_its_supervisor(number, tmp_path):
@@ -187,6 +194,7 @@ def test_no_rank_outlives_its_supervisor(number, tmp_path):
             supervisor.kill()
     if number == signal.SIGINT:  # rank 0 finished its step and wrote a checkpoint, then all left
         assert "KeyboardInterrupt" in said
+        assert "RankError" not in "".join(path.read_text() for path in tmp_path.glob("logs/*"))
         steps = len(read_rows(tmp_path / "run", "metrics.jsonl"))
         assert (tmp_path / f"run/checkpoints/step-{steps:06d}").is_dir()
         assert (tmp_path / "forever-1.pickle").exists()

@@ -132,11 +132,19 @@ def test_a_fault_of_one_rank_is_told_by_all(two, rows_folder):
     assert first["interrupted"] == ""
     assert first["left"][1] == "rank 1: interrupted"
     assert second["interrupted"].startswith("KeyboardInterrupt")
+    assert first["between"] == ""  # between two steps: the next is the last
+    assert first["left_between"] == second["left_between"] == (3, "rank 1: interrupted")
+    assert second["between"].startswith("KeyboardInterrupt")
+    assert (rows_folder / "between/checkpoints/step-000003").is_dir()
     assert first["folder"].startswith("RunError")
     assert second["folder"].startswith("RankError: rank 0 failed at opening the run folder")
     assert not [
         path for path in rows_folder.glob("drifted/checkpoints/*") if path.name > "step-000000"
     ]
+
+
+def test_a_stop_in_a_paused_panel_ends_all_ranks(two):
+    assert {rank["paused_job"]["left"] for rank in two} == {(True, "stopped by request")}
 
 
 def test_every_row_is_computed_by_one_rank():

@@ -176,7 +176,7 @@ class LivePanel:
         breath = 0.0
         while not self.trainer.finished and not self.trainer.stop_reason:
             self._serve()
-            if self._paused:
+            if self._paused and not self.trainer.is_stopping:
                 self._refresh()
                 await asyncio.sleep(PAUSE)
                 continue

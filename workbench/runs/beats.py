@@ -17,7 +17,8 @@ from pathlib import Path
 import psutil
 
 LAUNCH_VARIABLE = "WORKBENCH_LAUNCH"  # "pid:folder" of the supervisor
-CALLING, WORKING, WAITING = range(3)  # joins the others; computes; waits for the others
+# Joins the others; computes; waits for the others; found them gone, or elsewhere in the program.
+CALLING, WORKING, WAITING, LOST = range(4)
 RECORD = struct.Struct("<qqd")  # pid, state, time in seconds since 1970
 POLL_SECONDS = 0.5
 
@@ -27,7 +28,7 @@ class Beat:
     """A rank's last sign of life."""
 
     pid: int  # of the process that joined: a kernel's, where a notebook runs
-    state: int  # CALLING, WORKING or WAITING
+    state: int  # CALLING, WORKING, WAITING or LOST
     since: float  # seconds since 1970
 
 

@@ -22,7 +22,7 @@ import psutil
 
 from workbench.backend import usable_cores
 from workbench.errors import RankError, check_number, check_whole
-from workbench.runs.beats import CALLING, LAUNCH_VARIABLE, WAITING, Beat, read_beat
+from workbench.runs.beats import CALLING, LAUNCH_VARIABLE, LOST, WAITING, Beat, read_beat
 from workbench.runs.hosts import write_hosts
 
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -30,7 +30,7 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 3.0  # between a polite end and a hard one
 LEAVE_SECONDS = 60.0  # for the last step and its checkpoint, after Ctrl-C
 SETTLE_SECONDS = 1.0  # for others to end, when one has failed
-LONELY_SECONDS = 10.0  # that a rank waits for one that has ended
+LONELY_SECONDS = 10.0  # that a rank waits for one that has ended, or for the end of one it has lost
 SHOWN_LINES, SHOWN_BYTES = 20, 8192  # of a log, in an error
 
 
@@ -148,16 +148,35 @@ def _watch(ranks: Sequence[_Rank], private: Path, limits: Limits) -> None:
 
 def _look(ranks: Sequence[_Rank], private: Path) -> list[_Rank]:
     """Those that still run; raises RankError if one has failed."""
-    ended = [rank for rank in ranks if rank.process.poll() is not None]
-    failed = [rank for rank in ended if rank.process.returncode]
-    if failed:  # one that was killed is the cause of another's lost connection, not the effect
-        first = min(failed, key=lambda rank: (rank.process.returncode > 0, rank.number))
+    running = _running(ranks, private)
+    if any(rank.process.returncode for rank in ranks):
+        until = time.monotonic() + LONELY_SECONDS
+        while running and not _cause(ranks) and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+            running = _running(ranks, private)
+        first = _cause(ranks) or next(rank for rank in ranks if rank.process.returncode)
         raise _failure(first, _gone_in_order(ranks))
+    return running
+
+
+def _running(ranks: Sequence[_Rank], private: Path) -> list[_Rank]:
+    """Those that still run; reads the signs of life of all."""
     for rank in ranks:
+        if rank.process.poll() is not None:
+            rank.ended_at = rank.ended_at or time.time()
         rank.beat = read_beat(private, rank.number) or rank.beat
-    for rank in ended:
-        rank.ended_at = rank.ended_at or time.time()
-    return [rank for rank in ranks if rank not in ended]
+    return [rank for rank in ranks if rank.process.returncode is None]
+
+
+def _cause(ranks: Sequence[_Rank]) -> _Rank | None:
+    """Who failed first: one that was killed, or that did not fail because others were gone."""
+    failed = [rank for rank in ranks if rank.process.returncode]
+    causes = [
+        rank
+        for rank in failed
+        if rank.process.returncode < 0 or not (rank.beat and rank.beat.state == LOST)
+    ]
+    return min(causes, key=lambda rank: (rank.process.returncode > 0, rank.number), default=None)
 
 
 def _gone_in_order(ranks: Sequence[_Rank]) -> list[_Rank]:
@@ -235,14 +254,15 @@ def _last_lines(log: Path) -> str:
 def _ask_to_stop(ranks: Sequence[_Rank], private: Path) -> None:
     """Interrupt rank 0, which tells the others; wait for the end of their step."""
     if ranks:
-        with contextlib.suppress(RankError):
-            _look(ranks, private)
-            beat = ranks[0].beat
-            with contextlib.suppress(OSError):
-                os.kill(beat.pid if beat else ranks[0].process.pid, signal.SIGINT)
-            until = time.time() + LEAVE_SECONDS
-            while _look(ranks, private) and time.time() < until:
-                time.sleep(POLL_SECONDS)
+        _running(ranks, private)
+        beat = ranks[0].beat
+        with contextlib.suppress(OSError):
+            os.kill(beat.pid if beat else ranks[0].process.pid, signal.SIGINT)
+        until = time.time() + LEAVE_SECONDS
+        while (running := _running(ranks, private)) and time.time() < until:
+            if len(running) < len(ranks):  # the first has ended, by now the others know
+                until = min(until, min(rank.ended_at or until for rank in ranks) + LONELY_SECONDS)
+            time.sleep(POLL_SECONDS)
 
 
 def _end(ranks: Sequence[_Rank], private: Path) -> None:

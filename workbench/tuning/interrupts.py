@@ -15,12 +15,14 @@ class DeferredInterrupt:
     """Hold back Ctrl-C (SIGINT) and SIGTERM inside a `with` block.
 
     The first takes effect when the block is done: KeyboardInterrupt, or for SIGTERM what the
-    process did with it before. A second one takes effect at once. Python handles signals on the
-    main thread only; elsewhere the block runs unprotected.
+    process did with it before. A second one takes effect at once. In a block within a block, a
+    signal that came in either takes effect when the inner one is done. Python handles signals on
+    the main thread only; elsewhere the block runs unprotected.
     """
 
     def __init__(self):
         self._waiting: int | None = None  # the signal
+        self._depth = 0  # of blocks
         self._previous: dict[int, object] = {}
 
     @property
@@ -29,8 +31,8 @@ class DeferredInterrupt:
         return self._waiting is not None
 
     def __enter__(self) -> DeferredInterrupt:
-        self._waiting = None
-        if threading.current_thread() is threading.main_thread():
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in WAITING}
         return self
 
@@ -46,9 +48,12 @@ class DeferredInterrupt:
         self._previous = {}
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._restore()
-        if self.requested and kind is None:
-            _raise(self._waiting)
+        self._depth -= 1
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None or not self._depth:
+            self._restore()
+        if waiting is not None and kind is None:
+            _raise(waiting)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from workbench.blocks import grouped, joined, parted
 from workbench.data.batches import Batch
 from workbench.data.shares import share_of
 from workbench.errors import RankError
-from workbench.runs.beats import CALLING, WAITING, WORKING, BeatFile, follow_launcher
+from workbench.runs.beats import CALLING, LOST, WAITING, WORKING, BeatFile, follow_launcher
 
 RANK_VARIABLE, HOSTS_VARIABLE = "MLX_RANK", "MLX_HOSTFILE"  # as mlx.launch sets them
 MESSAGE_BYTES = 1 << 26  # that are joined into one message, at most
@@ -118,13 +118,21 @@ class Ranks:
         if self.alone:
             return [value]
         said = [_read(row) for row in self._exchange(json.dumps([point, value]).encode())]
+        if None in said:
+            raise self._lost("the ranks do not do the same: one sent what is no message")
         if any(there != point for there, _ in said):
             places = [
                 f"rank {rank} is at {there!r}{f' ({what})' if isinstance(what, str) else ''}"
                 for rank, (there, what) in enumerate(said)
             ]
-            raise RankError(f"the ranks do not do the same: {'; '.join(places)}")
+            raise self._lost(f"the ranks do not do the same: {'; '.join(places)}")
         return [value for _, value in said]
+
+    def tell(self, point: str, failure: str) -> None:
+        """Have the others know at a point that this rank has failed, if they still listen."""
+        with contextlib.suppress(RankError):
+            self.gather(point, failure)
+        self._beat(WORKING)  # it was not the others
 
     @contextlib.contextmanager
     def together(self, point: str) -> Iterator[None]:
@@ -139,8 +147,7 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            with contextlib.suppress(RankError):
-                self.gather(point, f"{type(error).__name__}: {error}")
+            self.tell(point, f"{type(error).__name__}: {error}")
             raise
         for rank, failure in enumerate(self.gather(point, None)):
             if failure:
@@ -155,7 +162,7 @@ class Ranks:
         lengths = [int.from_bytes(row[:LENGTH_BYTES].tobytes(), "little") for row in starts]
         longest = max(lengths) - head
         if longest > MOST_BYTES:
-            raise RankError("the ranks do not do the same: a message of one is none")
+            raise self._lost("the ranks do not do the same: a message of one is none")
         rests = self._rows(text[head:], longest) if longest > 0 else starts[:, :0]
         whole = np.concatenate([starts[:, LENGTH_BYTES:], rests], axis=1)
         return [row[:length].tobytes() for row, length in zip(whole, lengths)]
@@ -168,20 +175,27 @@ class Ranks:
 
     def _all_sum(self, block: mx.array) -> mx.array:
         mx.eval(block)  # what is computed is no waiting
-        if self._beats:
-            self._beats.write(WAITING)
+        self._beat(WAITING)
         try:
             total = mx.distributed.all_sum(block, group=self._group, stream=mx.cpu)
             mx.eval(total)
         except RuntimeError as error:
-            raise RankError(
+            raise self._lost(
                 f"{self} has lost the others ({error})",
                 cure="Look at what the others wrote; start all again: a run goes on from its "
                 "newest checkpoint.",
             ) from None
-        if self._beats:
-            self._beats.write(WORKING)
+        self._beat(WORKING)
         return total
+
+    def _lost(self, what: str, cure: str = "") -> RankError:
+        """The error of a rank that others have left: the supervisor looks for the cause there."""
+        self._beat(LOST)
+        return RankError(what, cure=cure)
+
+    def _beat(self, state: int) -> None:
+        if self._beats:
+            self._beats.write(state)
 
 
 ALONE = Ranks()
@@ -264,10 +278,10 @@ def _by_block(tree: object, change: object) -> object:
     return tree_map_with_path(lambda path, _: new[path], tree)
 
 
-def _read(text: bytes) -> list:
-    """What a rank said: at which point, and what."""
+def _read(text: bytes) -> list | None:
+    """What a rank said: at which point, and what; None if that is no message."""
     with contextlib.suppress(ValueError):
         said = json.loads(text)
         if isinstance(said, list) and len(said) == FIELDS:
             return said
-    raise RankError("the ranks do not do the same: one sent what is no message")
+    return None

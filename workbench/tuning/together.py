@@ -154,8 +154,7 @@ def ends_together(trainer: Trainer, interrupt: DeferredInterrupt) -> Iterator[No
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(RankError):  # what went wrong here is told, not that others follow
-            ranks.gather(point, f"failed: {error}")
+        ranks.tell(point, f"failed: {error}")
         raise
     wish = "interrupted" if interrupt.requested else trainer.stop_wish
     said = ranks.gather(point, wish)

@@ -102,10 +102,10 @@ class Trainer:
         self.optimizer.init(self.model.trainable_parameters())
         self.loss_fn = chosen_loss(self.model, loss_fn, self.config.fused_loss)
         self.objective = use_objective(self, objective, loss_fn is not None)
-        self.guard = MemoryGuard(self.config.memory_limit_bytes)
+        self.guard, self._memory = MemoryGuard(self.config.memory_limit_bytes), MemoryWatch()
         self.reports: list[StepReport] = []
         self.observers = Observers(observers, self.config.grad_accum_steps)
-        self.progress, self._memory = Progress(), MemoryWatch()
+        self.progress, self._interrupt = Progress(), DeferredInterrupt()
         self.prompt_sharing = share_prompts(self, loss_fn is not None)  # if there is any, and why
         self.prefix = use_prefix(self, loss_fn is not None)  # whether it is kept, and why
         self._peak_rate, self._peak_started = self.config.learning_rate, False
@@ -136,6 +136,11 @@ class Trainer:
     def peak_learning_rate(self, rate: float) -> None:
         check_number("peak_learning_rate", rate, 0)
         self._peak_rate = float(rate)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the next step is the last: a stop or Ctrl-C came, which other ranks must hear."""
+        return bool(self.stop_wish) or self._interrupt.requested
 
     @property
     def cache_limit_bytes(self) -> int:
@@ -177,8 +182,9 @@ class Trainer:
         whatever reason, the run folder gets a checkpoint.
         """
         self.stop_reason = self.stop_wish = ""
-        try:
-            with orderly_exit(), cache_limit(self.cache_limit_bytes):
+        held = contextlib.nullcontext() if self.ranks.alone else self._interrupt
+        try:  # Ctrl-C between two steps waits for the next: all ranks end after the same
+            with orderly_exit(), cache_limit(self.cache_limit_bytes), held:
                 yield
         finally:
             mine = self.run is not None and self.run.is_mine
@@ -204,7 +210,7 @@ class Trainer:
             self._peak_started = True
         if self.run is not None and not self.reports:
             self._keeper.save_if_new(self)
-        with DeferredInterrupt() as interrupt:
+        with self._interrupt as interrupt:
             begin_step(self)
             released = self._memory.reload_if_due(self)
             report = dataclasses.replace(make_update(self), released_bytes=released)
