@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from workbench.data.rows import can_be_encoded, text_of
+from workbench.data.special_tokens import special_tokens
 from workbench.errors import DataError
 from workbench.models.tokenizers import is_failure
 
@@ -104,7 +105,7 @@ def shield(
     Raises:
         DataError: no characters are left that could be marks.
     """
-    pattern = _special_pattern(tokenizer)
+    pattern = special_tokens(tokenizer).pattern
     texts = list(_texts([messages, tools]))
     num_spelled = sum(len(pattern.findall(text)) for text in texts)
     if not num_spelled:
@@ -119,21 +120,6 @@ def shield(
 
     messages, tools = _rebuilt([messages, tools], mark)
     return Shielded(messages, tools, (before, after), num_spelled)
-
-
-def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
-    """Matches what the tokenizer reads as a special token; the longest, where several fit."""
-    special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-    # A token that is looked for in normalised text may be spelled in capitals too.
-    return _pattern(
-        tuple(sorted((token.content for token in special if token.content), key=len, reverse=True)),
-        any(token.normalized for token in special),
-    )
-
-
-@functools.lru_cache(maxsize=8)
-def _pattern(contents: tuple[str, ...], ignore_case: bool) -> re.Pattern:
-    return re.compile("|".join(map(re.escape, contents)) or "(?!)", re.I if ignore_case else 0)
 
 
 def _texts(value: object) -> Iterator[str]:
@@ -182,7 +168,7 @@ def tokenise_chat(
             without the special token.
     """
     clean, spelled, mark_places = _without_marks(text, chat.marks, where)
-    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = special_tokens(tokenizer).ids if spelled else frozenset()
     ends = [end for _, end in spelled]
     tokens: list[tuple[int, int]] = []  # (id, start)
     with refusing(where):
