@@ -1,6 +1,8 @@
 """Generation: equal to mlx-lm, cached, batched, chunked, sampled, streamed."""
 
 import mlx.core as mx
+import numpy as np
+import pandas as pd
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
@@ -257,6 +259,11 @@ def test_no_prompts_no_answers(base):
     assert generate(base, []) == []
 
 
+@pytest.mark.parametrize("kind", [tuple, iter, pd.Series, np.array])
+def test_prompts_come_from_whatever_gives_them_in_order(base, kind):
+    assert generate(base, kind(PROMPTS), max_tokens=4) == generate(base, PROMPTS, max_tokens=4)
+
+
 def test_generation_ends_where_the_positions_end(base):
     header = len(encode_prompt(base, ""))
     prompt = "x" * (512 - header - 5)
@@ -286,6 +293,7 @@ BAD_PROMPTS = {
     "no prompt": (None, "prompts must be a text or a list, got None"),
     "a list of numbers": ([3], "a prompt must be a text or a list of messages, got 3"),
     "no messages": ([[]], "at least one message"),
+    "a message alone": ({"role": "user", "content": "Hi"}, "a text or a list, got {"),
 }
 
 

@@ -139,3 +139,11 @@ def check_number(name: str, value: object, smallest: float = -math.inf) -> None:
     if not is_number or not max(smallest, -sys.float_info.max) <= value <= sys.float_info.max:
         floor = "finite" if smallest == -math.inf else f"finite, from {smallest:g}"
         raise ConfigError(f"{name} must be a number, {floor}; got {value!r}")
+
+
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], cure: str) -> None:
+    """Raise ConfigError unless an argument is of a kind; the cure says where one comes from."""
+    if not isinstance(value, kind):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        got = type(value).__name__
+        raise ConfigError(f"{name} must be a {kinds}, got {got}", cure=cure)

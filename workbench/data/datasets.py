@@ -13,6 +13,7 @@ from workbench.data.examples import Example, encode_row
 from workbench.data.provenance import with_provenance
 from workbench.data.provenance_words import ProvenanceWords
 from workbench.data.row_sources import SPLITS, read_source
+from workbench.data.special_tokens import require_tokenizer
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,23 +83,23 @@ def load_dataset(
             rows in memory: a pandas frame, a Hugging Face data set, a list; see `read_source`.
         limit: training rows that are used, from the start; None for all.
         max_length: tokens of a row that are kept; `Dataset.truncated` counts the rows cut.
-        train_on: targets of a chat, see `encode_row`.
-        allow_special_tokens: whether those that messages spell act, see `encode_row`.
+        train_on, allow_special_tokens: a chat's targets, and what its texts spell; `encode_row`.
         valid_fraction, seed: share of the rows that validate, drawn where there are no splits.
         provenance: of rows that say none: "score", "refuse" (see `add_provenance`), None: as is.
         words: that rows are scored by: a word file in place of the package's own.
 
     Raises:
         DataError: nothing there, or a row that cannot be trained on; names the line or the row.
-        ConfigError: a setting is out of range, or a stream comes without a limit.
+        ConfigError: a setting is out of range, no tokenizer, or a stream without a limit.
         FileFormatError: the word file is malformed.
     """
+    require_tokenizer(tokenizer)
     found = read_source(source, limit, valid_fraction, seed)
     how = {"max_length": max_length, "train_on": train_on}
-    encode = functools.partial(encode_row, **how, allow_special_tokens=allow_special_tokens)
+    how["allow_special_tokens"] = allow_special_tokens
     scored = functools.partial(with_provenance, missing=provenance, words=words)
     encoded = {
-        split: [encode(row, tokenizer, where=at) for at, row in scored(rows)]
+        split: [encode_row(row, tokenizer, where=at, **how) for at, row in scored(rows)]
         for split, rows in found.splits.items()
     }
     return Dataset(found.name, **encoded, allow_special_tokens=allow_special_tokens)

@@ -14,6 +14,7 @@ from workbench.data.datasets import Dataset
 from workbench.data.examples import Example, encode_row
 from workbench.data.row_sources import SPLITS, read_source
 from workbench.data.rows import text_of
+from workbench.data.special_tokens import require_tokenizer
 from workbench.errors import DataError
 
 SIDES = ("chosen", "rejected")
@@ -86,8 +87,9 @@ def load_preferences(
 
     Raises:
         DataError: nothing there, or a row that is no pair; names the line or the row.
-        ConfigError: a setting is out of range, or a stream comes without a limit.
+        ConfigError: a setting is out of range, no tokenizer, or a stream without a limit.
     """
+    require_tokenizer(tokenizer)
     found = read_source(source, limit, valid_fraction, seed)
     encode = functools.partial(
         encode_pair,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from workbench.errors import check_kind
+
 
 @dataclass(frozen=True)
 class SpecialTokens:
@@ -15,6 +17,12 @@ class SpecialTokens:
 
     ids: frozenset[int]
     pattern: re.Pattern  # matches their spellings; the longest, where several fit
+
+
+def require_tokenizer(tokenizer: object) -> None:
+    """Raise ConfigError unless this is one of transformers' tokenizers."""
+    kind = PreTrainedTokenizerBase
+    check_kind("tokenizer", tokenizer, kind, "Give the model's own: base.tokenizer.")
 
 
 # Some tokenizers have thousands, and list them in 20 ms.

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from workbench.data.datasets import Dataset, load_dataset
 from workbench.data.examples import TRAIN_ON, Example, encode_row
 from workbench.data.row_sources import split_files
+from workbench.data.special_tokens import require_tokenizer
 from workbench.data.stream_files import StreamFile, find_files
 from workbench.errors import ConfigError, DataError, check_whole
 
@@ -110,8 +111,9 @@ def stream_dataset(
 
     Raises:
         DataError: no such files, a bad row in `valid`, or its file is one that is trained on.
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is out of range, or no tokenizer.
     """
+    require_tokenizer(tokenizer)
     files, is_one = find_files(source), isinstance(source, str | os.PathLike)
     rows = {"max_length": max_length, "train_on": train_on}
     rows["allow_special_tokens"] = allow_special_tokens

@@ -15,7 +15,7 @@ from workbench.errors import ConfigError, DataError, check_number, check_seed, c
 from workbench.evaluation.decoding import BatchDecoder, KeptPrompt
 from workbench.evaluation.prompts import Prompt, is_single, messages_of
 from workbench.models.decoder import Decoder
-from workbench.models.loading import BaseModel, embedding_rows
+from workbench.models.loading import BaseModel, embedding_rows, require_base
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ def generate(
 
     Raises:
         DataError: a prompt is empty, longer than the model's positions, or has unknown ids.
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is out of range, or base is no BaseModel.
     """
+    require_base(base)
     if is_single(prompts):
         return generate(base, [prompts], batch_size=batch_size, **settings)[0]
     check_whole("batch_size", batch_size, 1)
@@ -100,6 +101,7 @@ def stream(
 
     What `kept` holds of the prompt from an earlier one is not computed again.
     """
+    require_base(base)
     sampling, ids, shown = SamplingConfig(**settings), [], ""
     for (token,) in generate_tokens(base, [encode_prompt(base, prompt)], sampling, kept):
         ids.append(token)

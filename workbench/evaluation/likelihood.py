@@ -17,7 +17,7 @@ from workbench.data.rows import can_be_encoded
 from workbench.errors import DataError, EvaluationError, check_whole
 from workbench.evaluation.generation import check_ids, evaluating, room
 from workbench.evaluation.prompts import Prompt, messages_of
-from workbench.models.loading import BaseModel, embedding_rows
+from workbench.models.loading import BaseModel, embedding_rows, require_base
 from workbench.models.shared_prompt import find_shared_prompt
 
 MAX_LOGITS = 1 << 26  # numbers that are made at once: 256 MiB in float32
@@ -59,8 +59,10 @@ def log_likelihood(
     Raises:
         DataError: no pairs, an empty continuation, a malformed prompt, or more tokens than
             positions.
+        ConfigError: base is no BaseModel.
         EvaluationError: the network gives NaN.
     """
+    require_base(base)
     if not isinstance(pairs, Iterable):
         raise DataError(f"pairs must be a list of (prompt, text), got {reprlib.repr(pairs)}")
     pairs = list(pairs)

@@ -14,7 +14,7 @@ from workbench.errors import ConfigError, DataError, check_whole
 from workbench.evaluation.generation import room
 from workbench.evaluation.intervals import Z
 from workbench.evaluation.likelihood import score_rows
-from workbench.models.loading import BaseModel
+from workbench.models.loading import BaseModel, require_base
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a data set's split, or of tokenised rows.
 
-    The loss is that of `tuning.losses.mean_loss`; its standard error lets tokens of one row depend
-    on one another.
+    The loss is `losses.mean_loss`; its standard error lets tokens of a row depend on one another.
 
     Args:
         base: a loaded model.
@@ -71,9 +70,10 @@ def perplexity(
 
     Raises:
         DataError: the split is empty, or has ids that the model does not know.
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is out of range, or base is no BaseModel.
         EvaluationError: the network gives NaN.
     """
+    require_base(base)
     examples = _rows(data, split)
     longest, stride = _window(room(base), max_positions, stride)
     parts = [(row, w) for row, e in enumerate(examples) for w in windows(e, longest, stride)]

@@ -16,11 +16,13 @@ def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     Raises:
         DataError: it is neither that nor a list.
     """
-    if not isinstance(prompts, Iterable):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
         raise DataError(
             f"prompts must be a text or a list, got {reprlib.repr(prompts)}",
             cure="A prompt is a text, or a chat as a list of messages.",
         )
+    if not isinstance(prompts, Sequence):
+        return False  # such as a generator, which can be read once, or a column of a frame
     return isinstance(prompts, str) or (
         bool(prompts) and all(isinstance(item, Mapping) for item in prompts)
     )

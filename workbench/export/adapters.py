@@ -10,7 +10,7 @@ from workbench.export import mlx_lm_adapter, peft
 from workbench.export.attached import CONFIG_NAME, adapter_weights, describe, require_finite
 from workbench.export.mlx_lm_adapter import WEIGHTS_NAME
 from workbench.export.model_card import adapter_card, read_run, write_card
-from workbench.models.loading import BaseModel
+from workbench.models.loading import BaseModel, require_base
 from workbench.tuning.lora import Adapter
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "adapter_weights", "load_adapter", "save_adapter"]
@@ -44,6 +44,7 @@ def save_adapter(
         RunError: run_dir holds no run.
         FileFormatError: the folder cannot be written.
     """
+    require_base(base)
     if format not in LAYOUTS:
         raise ConfigError(f"unknown format {format!r}", cure=f"Use one of {tuple(LAYOUTS)}.")
     folder, attached = Path(folder), describe(base.model)
@@ -58,10 +59,9 @@ def save_adapter(
 def load_adapter(base: BaseModel, folder: str | os.PathLike, *, any_base: bool = False) -> Adapter:
     """Attach an adapter in mlx-lm's layout or PEFT's; one that is attached already is replaced.
 
-    The name of the file of weights tells the layout: adapters.safetensors is mlx-lm's,
-    adapter_model.safetensors PEFT's. It must hold all and only the tensors that the configuration
-    implies; otherwise nothing of the model is changed. An adapter that was saved here knows some
-    numbers of its base, and is refused on another one.
+    The weights' file name tells the layout: adapters.safetensors is mlx-lm's,
+    adapter_model.safetensors PEFT's. It holds what the configuration implies, or nothing changes.
+    An adapter that was saved here knows some numbers of its base, and is refused on another one.
 
     Args:
         base: the model that the adapter was made on, in whatever precision.
@@ -80,6 +80,7 @@ def load_adapter(base: BaseModel, folder: str | os.PathLike, *, any_base: bool =
         AdapterWarning: the base's numbers are others than the adapter's base had, if little; or an
             adapter from elsewhere names another base model, whose shapes are the same.
     """
+    require_base(base)
     folder = Path(folder)
     layouts = [name for name in LAYOUTS if _holds(folder, name)]
     if len(layouts) > 1:

@@ -24,7 +24,7 @@ from workbench.export.weights import (
 )
 from workbench.models.files import read_json, write_json
 from workbench.models.llama import Llama
-from workbench.models.loading import BaseModel, check_floating
+from workbench.models.loading import BaseModel, check_floating, require_base
 from workbench.models.quantisation import quantisation_settings
 from workbench.models.tokenizers import is_failure
 
@@ -92,6 +92,7 @@ def fuse(
         RunError: run_dir holds no run.
         FileFormatError: the folder cannot be written; what was there is intact.
     """
+    require_base(base)
     settings = _checked(dtype, quantise)
     wish = _Wish(dtype, settings, force, read_run(run_dir), prompts, max_shard_bytes)
     return _put(base, check_place(base, folder, force), wish)

@@ -23,7 +23,7 @@ from workbench.models.files import replacing
 from workbench.models.gguf_llama import IN_LAYER, NUMBERS, ROPE_FACTORS, TOP_LEVEL
 from workbench.models.llama import Llama
 from workbench.models.llama_config import LlamaConfig
-from workbench.models.loading import BaseModel
+from workbench.models.loading import BaseModel, require_base
 from workbench.models.rope import rope_kind, rope_periods
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
@@ -81,6 +81,7 @@ def export_gguf(
         RunError: run_dir holds no run.
         FileFormatError: the file cannot be written.
     """
+    require_base(base)
     path, run = _checked(base, path, kind, force), read_run(run_dir)
     vocabulary = read_vocabulary(base.tokenizer, base.config.vocab_size, base.name)
     with replacing(path) as temporary:

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from transformers import PreTrainedTokenizerBase
 
 from workbench.backend import default_dtype, on_gpu
-from workbench.errors import ConfigError, WeightsError
+from workbench.errors import ConfigError, WeightsError, check_kind
 from workbench.machine import machine_memory
 from workbench.models import gguf_llama
 from workbench.models.decoder import Decoder
@@ -42,7 +42,7 @@ OURS = {  # model_type of a checkpoint → what it becomes, and of which dimensi
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class BaseModel:
     """A network with its weights, tokenizer and configuration."""
 
@@ -63,6 +63,16 @@ class BaseModel:
         listed = ids if isinstance(ids, list) else [ids]
         known = (*listed, self.tokenizer.eos_token_id)
         return frozenset(number for number in known if isinstance(number, int))
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.raw_config.get('model_type')}; {self.report}"
+
+    __repr__ = __str__
+
+
+def require_base(base: object) -> None:
+    """Raise ConfigError unless this is a BaseModel, such as for its network alone."""
+    check_kind("base", base, BaseModel, "Give what wb.load_model returns, not its .model.")
 
 
 def load_model(

@@ -9,7 +9,7 @@ from workbench.errors import ConfigError
 from workbench.evaluation.behaviour import Source, evaluate_suites
 from workbench.evaluation.report import BehaviourReport
 from workbench.evaluation.suites import Suite
-from workbench.models.loading import BaseModel
+from workbench.models.loading import BaseModel, require_base
 from workbench.tuning.lora import adapter_disabled, has_adapter
 
 
@@ -37,6 +37,7 @@ def run_suites(
         ConfigError: a comparison without an adapter to switch off, or a source that is none.
         DataError: a row cannot be read or asked; names file and line.
     """
+    require_base(base)
     adapted = has_adapter(base.model)
     if compare_with_base and not adapted and baseline is None:
         raise ConfigError(

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from workbench.errors import ConfigError, check_number, check_seed, check_whole
+from workbench.errors import ConfigError, check_kind, check_number, check_seed, check_whole
 from workbench.models.structure import find_layers, module_at
 from workbench.tuning.lora_layers import DoRALinear, LoRALinear
 
@@ -65,7 +65,7 @@ class LoRAConfig:
         return ("rs" if self.use_rslora else "") + ("DoRA" if self.use_dora else "LoRA")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """What `add_lora` attached."""
 
@@ -89,6 +89,8 @@ class Adapter:
             + (f"; {experts} stacks of experts stay frozen" if experts else "")
         )
 
+    __repr__ = __str__
+
 
 def add_lora(model: nn.Module, config: LoRAConfig | None = None) -> Adapter:
     """Freeze the network, then attach an adapter to its linear layers.
@@ -99,10 +101,12 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None) -> Adapter:
     An adapter that is already there is removed first, so that a notebook cell can run twice.
 
     Raises:
-        ConfigError: a target matches nothing, or num_layers exceeds the layers; the network is
-            then left as it was.
+        ConfigError: no network or configuration, a target that matches nothing, or num_layers
+            beyond the layers; the network is then left as it was.
     """
-    config = config or LoRAConfig()
+    check_kind("model", model, nn.Module, "Give a network, such as base.model.")
+    config = LoRAConfig() if config is None else config
+    check_kind("config", config, LoRAConfig, "Such as wb.LoRAConfig(rank=8, alpha=16).")
     chosen = find_targets(model, config)
     remove_lora(model)
     model.freeze()

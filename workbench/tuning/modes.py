@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, check_kind
 from workbench.models.decoder import Decoder
 from workbench.models.layers import HeadLinear
 from workbench.models.loading import BaseModel
@@ -21,7 +21,7 @@ MODES = ("head", "full", "frozen")
 QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trainable:
     """What `set_trainable` left to train."""
 
@@ -41,6 +41,8 @@ class Trainable:
             f"numbers train ({self.percent:.2f} %)"
         )
 
+    __repr__ = __str__
+
 
 def set_trainable(model: nn.Module, mode: str) -> Trainable:
     """Choose what trains, without an adapter; one that is attached is removed.
@@ -51,9 +53,10 @@ def set_trainable(model: nn.Module, mode: str) -> Trainable:
             (every parameter) or `frozen` (none; an adapter stays attached, and is frozen too).
 
     Raises:
-        ConfigError: an unknown mode, a head that is the embedding, or quantised weights, which
-            have no gradient. The network is then left as it was.
+        ConfigError: no network, an unknown mode, a head that is the embedding, or quantised
+            weights, which have no gradient. The network is then left as it was.
     """
+    check_kind("model", model, nn.Module, "Give a network, such as base.model.")
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}", cure=f"Use one of {MODES}, or wb.add_lora.")
     if mode == "frozen":

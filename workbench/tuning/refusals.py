@@ -9,11 +9,22 @@ import mlx.core as mx
 
 from workbench.data.datasets import Dataset
 from workbench.data.examples import Example, all_sides
-from workbench.errors import DataError, NotFiniteError
-from workbench.models.loading import BaseModel, embedding_rows
+from workbench.errors import DataError, NotFiniteError, check_kind
+from workbench.models.loading import BaseModel, embedding_rows, require_base
 from workbench.numerics import not_finite
+from workbench.tuning.config import TrainConfig
 
 NAMED_IN_ERROR = 5  # bad gradients that an error lists
+
+
+def require_kinds(
+    base: object, data: object, config: object
+) -> tuple[BaseModel, Dataset, TrainConfig]:
+    """A trainer's first arguments, or a ConfigError that says where such a thing comes from."""
+    require_base(base)
+    check_kind("data", data, Dataset, "Give what wb.load_dataset returns.")
+    check_kind("config", config, TrainConfig, "Such as wb.TrainConfig(steps=100).")
+    return base, data, config
 
 
 def check_rows(data: Dataset, base: BaseModel) -> None:

@@ -31,6 +31,7 @@ from workbench.tuning.prefix import use_prefix
 from workbench.tuning.progress import Progress
 from workbench.tuning.prompt_sharing import share_prompts
 from workbench.tuning.ranks import ALONE, Ranks
+from workbench.tuning.refusals import require_kinds
 from workbench.tuning.reporting import with_validation
 from workbench.tuning.resuming import RunKeeper
 from workbench.tuning.schedules import learning_rate_at
@@ -69,7 +70,7 @@ class Trainer:
             alone has the run folder and tells the observers, and its weights are the start.
 
     Raises:
-        ConfigError: the ranks cannot share a step's rows alike.
+        ConfigError: a wrong kind of argument, or ranks that cannot share a step's rows alike.
         RankError: the ranks' models, data, settings or versions differ.
         TrainingError: nothing is trainable.
         DataError: no rows, or token ids that the embedding does not have.
@@ -88,7 +89,7 @@ class Trainer:
         observers: Iterable[Observer] | Observer = (),
         ranks: Ranks = ALONE,
     ):
-        self.base, self.data, self.config = base, data, config or TrainConfig()
+        self.base, self.data, self.config = require_kinds(base, data, config or TrainConfig())
         self.model, self.ranks = base.model, ranks
         self.stop_reason = self.stop_wish = ""  # why the loop ended early; why this rank wants it
         if not tree_flatten(self.model.trainable_parameters()):
