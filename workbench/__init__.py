@@ -50,6 +50,7 @@ from workbench.probes.guard import MemoryGuard
 from workbench.probes.invariants import check_model
 from workbench.probes.leaks import find_leak
 from workbench.probes.memory import memory_phase, read_memory, release_memory
+from workbench.probes.numerics import check_numerics
 from workbench.probes.parameters import changed, fingerprint
 from workbench.probes.planner import plan_memory, suggest_settings
 from workbench.probes.planning.machine import Machine
@@ -106,6 +107,7 @@ __all__ = [
     "changed",
     "chat",
     "check_model",
+    "check_numerics",
     "check_resume",
     "check_training",
     "compare_configs",
