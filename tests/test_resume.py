@@ -302,6 +302,16 @@ def test_allowed_changes_are_recorded(tmp_path):
     assert state["changes"] == [{"step": 2, "differences": ["learning_rate is 0.02, was 0.01"]}]
 
 
+def test_an_allowed_learning_rate_is_used(tmp_path):
+    stopped_after(2, tmp_path, epochs=3, schedule="constant")
+    settings = {"epochs": 3, "schedule": "constant", "learning_rate": 0.02}
+    resumed = toy_trainer(run_dir=tmp_path, **settings, allow_changes=True)
+    resumed.step()
+    assert resumed.reports[-1].learning_rate == 0.02
+    resumed.save_checkpoint()
+    assert toy_trainer(run_dir=tmp_path, **settings).step().learning_rate == 0.02
+
+
 def test_what_trains_must_fit_even_if_changes_are_allowed(tmp_path):
     stopped_after(2, tmp_path, epochs=3)
     with pytest.raises(WeightsError, match="differs from what trains here"):

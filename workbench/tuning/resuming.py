@@ -108,7 +108,8 @@ class RunKeeper:
         restore(checkpoint, trainer.model, trainer.optimizer)
         self.run.cut(checkpoint.step)
         trainer.reports, trainer.progress = reports, progress
-        trainer.peak_learning_rate = rate
+        if _had_rate(checkpoint, trainer.config.learning_rate):
+            trainer.peak_learning_rate = rate  # which may have been set by hand
         self._rows = checkpoint.step
         self._saved = checkpoint.step, rate
         return checkpoint.folder
@@ -180,6 +181,12 @@ class RunKeeper:
                 cure="Put the file back as it was, or start a new run in another folder.",
             )
         return reports
+
+
+def _had_rate(checkpoint: Checkpoint, rate: float) -> bool:
+    """Whether a checkpoint's run was configured with this largest learning rate."""
+    settings = checkpoint.state["identity"].get("settings")
+    return isinstance(settings, Mapping) and settings.get("learning_rate") == rate
 
 
 def _read_state(checkpoint: Checkpoint) -> tuple[Progress, float]:
