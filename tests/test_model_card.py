@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 import workbench as wb
 from tests.toy import save_toy_folder, toy_base
 from tests.toy_adapters import adapted
+from tests.toy_training import toy_trainer
 from workbench.errors import RunError
 from workbench.export.model_card import card, read_run
 
@@ -69,6 +70,25 @@ def test_a_quantised_exports_card_says_what_rounding_did(tmp_path):
     front, text = front_matter((tmp_path / "fused/README.md").read_text())
     assert front["tags"][-1] == "8-bit"
     assert str(fused.drift) in text
+
+
+def test_settings_that_a_run_went_on_with_are_said(tmp_path):
+    list(toy_trainer(run_dir=tmp_path / "run", steps=2))
+    trainer = toy_trainer(run_dir=tmp_path / "run", steps=4, allow_changes=True)
+    list(trainer)
+    wb.save_adapter(trainer.base, tmp_path / "adapter", run_dir=tmp_path / "run")
+    text = (tmp_path / "adapter/README.md").read_text()
+    assert "| steps | 2 |" in text
+    assert "went on with other settings:\n\n- after step 2: steps is 4, was 2\n" in text
+
+
+@pytest.mark.parametrize("state", ['{"changes": 3}', '{"changes": [3, {"step": 1}]}', "no JSON"])
+def test_a_state_that_says_no_changes_adds_nothing(tmp_path, state):
+    checkpoint = run_folder(tmp_path / "run") / "checkpoints/step-000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(state)
+    wb.save_adapter(adapted(), tmp_path / "adapter", run_dir=tmp_path / "run")
+    assert "other settings" not in (tmp_path / "adapter/README.md").read_text()
 
 
 def test_names_of_strangers_stay_text(tmp_path):

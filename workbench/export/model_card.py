@@ -22,6 +22,7 @@ from workbench.models.loading import BaseModel
 from workbench.models.regular_files import open_regular
 from workbench.models.sources import HUB_ID, PACKAGED_MODELS, hub_name
 from workbench.runs.store import CONFIG_NAME, METRICS_NAME, read_rows
+from workbench.tuning.checkpoints import STATE_NAME, list_checkpoints
 
 CARD_NAME = "README.md"
 MARK = "<!-- model card written by mlx-lora-workbench; it is replaced when the export is -->"
@@ -140,7 +141,9 @@ def _license(base: BaseModel) -> str | None:
 
 
 def read_run(folder: str | os.PathLike | None) -> Run | None:
-    """What a run folder says of a training: model, data, settings, metrics; None of no folder.
+    """What a run folder says of a training: model, data, settings, metrics, and later changes.
+
+    None of no folder.
 
     Raises:
         RunError: the folder holds no run.
@@ -159,7 +162,19 @@ def read_run(folder: str | os.PathLike | None) -> Run | None:
         "data": config.get("data"),
         "train": train if isinstance(train, dict) else {},
         "rows": rows,
+        "changes": _changes(folder),
     }
+
+
+def _changes(folder: Path) -> list[tuple[object, str]]:
+    """Steps after which a run went on with other settings, and what was other."""
+    changes: object = None
+    with contextlib.suppress(WorkbenchError):
+        for checkpoint in list_checkpoints(folder)[:1]:
+            changes = read_json(checkpoint / STATE_NAME).get("changes")
+    known = [c for c in changes if isinstance(c, dict)] if isinstance(changes, list) else []
+    lists = [(c.get("step"), c.get("differences")) for c in known]
+    return [(step, "; ".join(map(str, what))) for step, what in lists if isinstance(what, list)]
 
 
 def _training(run: Run | None) -> list[str]:
@@ -178,7 +193,9 @@ def _training(run: Run | None) -> list[str]:
     if valid:
         lines.append(f"The last validation loss was {valid[-1]:.4g} nats a token.")
     lines += ["", "| setting | value |", "|---|---|"]
-    return [*lines, *[f"| {_text(k)} | {_text(v)} |" for k, v in run["train"].items()]]
+    lines += [f"| {_text(k)} | {_text(v)} |" for k, v in run["train"].items()]
+    later = [f"- after step {_text(step)}: {_text(what)}" for step, what in run["changes"]]
+    return [*lines, "", "It went on with other settings:", "", *later] if later else lines
 
 
 def _plain(value: object) -> str:
