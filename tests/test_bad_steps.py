@@ -131,6 +131,15 @@ def test_no_improvement_stops_the_run(monkeypatch):
     assert trainer.progress == Progress(best_loss=2.0, best_step=2, without_improvement=3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "lacks"),
+    [({"valid": [9]}, "no valid_every"), ({"valid_every": 1}, "no validation rows")],
+)
+def test_patience_that_would_count_nothing_is_refused(settings, lacks):
+    with pytest.raises(ConfigError, match=f"patience 3 counts validations, and there is {lacks}"):
+        toy_trainer(patience=3, **settings)
+
+
 def test_the_best_weights_come_back(tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.0])
     trainer = toy_trainer(valid=[9], epochs=2, valid_every=1, run_dir=tmp_path)

@@ -222,8 +222,15 @@ def test_a_template_that_rewrites_earlier_turns_raises(tokenizer):
         "{% for m in messages %}{{ m['role'] + ':' + (m['content'] if loop.last else '…') }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
-    with pytest.raises(DataError, match="rewrites turn 1"):
+    with pytest.raises(DataError, match=r"rewrites turn 1.*train_on='last' or 'all'"):
         encode_row(CHAT, tokenizer)
+
+
+def test_what_does_not_help_is_no_cure(tokenizer):
+    # Like templates of models that think: the answer's beginning is theirs.
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant\n<think>\n")
+    with pytest.raises(DataError, match="Use train_on='all' with this model"):
+        encode_row(conversation("Hi", "Hello!"), tokenizer, train_on="last")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ ASIDE = {  # a call with what lies beside the right thing: what the error says
         lambda b: wb.add_lora(b.model, {"rank": 4}),
         "config must be a LoRAConfig, got dict",
     ),
+    "the base, to save weights": (lambda b: wb.save_weights(b, "x"), "such as base.model"),
+    "the base, to load weights": (lambda b: wb.load_weights(b, "x"), "such as base.model"),
     "the base, for a mode": (lambda b: wb.set_trainable(b, "full"), "such as base.model"),
     "the base, for rows": (lambda b: wb.load_dataset(ROWS, b), "got BaseModel. Give the model's"),
     "the base, for pairs": (lambda b: wb.load_preferences(ROWS, b), "base.tokenizer"),

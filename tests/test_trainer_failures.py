@@ -33,6 +33,20 @@ def test_an_interrupt_waits_until_step_disk_and_weights_agree(tmp_path, call):
     assert state_of(trainer) == state_of(whole)
 
 
+def test_a_step_without_targets_is_refused_with_its_rows_and_changes_nothing():
+    data = toy_dataset([5, 7, 9], seed=3)
+    for row in data.train[:2]:
+        row.loss_mask[1:] = False  # the first token is never a target
+    trainer = toy_trainer(data=data, micro_batch_size=1, steps=3)
+    before = state_of(trainer)
+    with pytest.raises(DataError, match=r"^toy row [01]: step \d has no supervised target"):
+        list(trainer)
+    assert trainer.steps_done < 3
+    assert trainer.steps_done or state_of(trainer) == before
+    together = toy_trainer(data=data, micro_batch_size=3, steps=1)
+    assert [report.num_tokens for report in together] == [7]
+
+
 def test_an_interrupt_cuts_a_validation_short_but_not_the_step():
     # Two micro-batches train; the third call is the first of three that validate.
     loss_fn = FailAt(3, interrupt)

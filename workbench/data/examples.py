@@ -187,14 +187,14 @@ def _trained_spans(
     def render(count: int, **options: bool) -> str:
         return render_chat(tokenizer, messages[:count], chat.tools, where, **options)
 
-    spans = []
+    spans, others = [], "'all'" if train_on == "last" else "'last' or 'all'"
     for turn in turns:
         before, after = render(turn, add_generation_prompt=True), render(turn + 1)
         if not (after.startswith(before) and text.startswith(after.rstrip())):
             raise DataError(
                 f"the chat template rewrites turn {turn}, so its targets cannot be told",
                 where=where,
-                cure="Use train_on='last' or 'all' with this model.",
+                cure=f"Use train_on={others} with this model.",
             )
         # What follows the end-of-turn token is the template's own white space.
         spans.append((len(before), len(after.rstrip())))

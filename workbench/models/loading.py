@@ -262,9 +262,11 @@ def save_weights(
         metadata: texts by name that the file shall carry, too; `read_metadata` gives them back.
 
     Raises:
-        ConfigError: the metadata are not texts by name, or take the names format or sha256.
+        ConfigError: no network, or metadata that are not texts by name or take the names format
+            or sha256.
         FileFormatError: the file cannot be written.
     """
+    check_kind("model", model, nn.Module, "Give a network, such as base.model.")
     parameters = dict(tree_flatten(model.parameters()))
     write_safetensors(path, parameters, sealed(parameters, metadata))
 
@@ -273,10 +275,12 @@ def load_weights(model: nn.Module, path: str | os.PathLike, *, strict: bool = Tr
     """Fill a network from one safetensors file that `save_weights` wrote.
 
     Raises:
+        ConfigError: model is no network.
         FileFormatError: the file is malformed, or a byte is not what `save_weights` wrote.
         WeightsError: strict, and a tensor is missing, unexpected, misshapen, of another dtype or
             not finite; the network is then left as it was.
     """
+    check_kind("model", model, nn.Module, "Give a network, such as base.model.")
     weights = read_safetensors(path)
     require_sealed(path, weights)
     expected = dict(tree_flatten(model.parameters()))

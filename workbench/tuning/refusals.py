@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+from workbench.data.batches import Batch
 from workbench.data.datasets import Dataset
 from workbench.data.examples import Example, all_sides
-from workbench.errors import DataError, NotFiniteError, check_kind
+from workbench.errors import ConfigError, DataError, NotFiniteError, check_kind
 from workbench.models.loading import BaseModel, embedding_rows, require_base
 from workbench.numerics import not_finite
 from workbench.tuning.config import TrainConfig
@@ -20,10 +21,16 @@ NAMED_IN_ERROR = 5  # bad gradients that an error lists
 def require_kinds(
     base: object, data: object, config: object
 ) -> tuple[BaseModel, Dataset, TrainConfig]:
-    """A trainer's first arguments, or a ConfigError that says where such a thing comes from."""
+    """A trainer's first arguments; raises ConfigError if they are others, or do not go together."""
     require_base(base)
     check_kind("data", data, Dataset, "Give what wb.load_dataset returns.")
     check_kind("config", config, TrainConfig, "Such as wb.TrainConfig(steps=100).")
+    if config.patience and not (config.valid_every and data.valid):
+        lacks = "validation rows" if config.valid_every else "valid_every"
+        raise ConfigError(
+            f"patience {config.patience} counts validations, and there is no {lacks}",
+            cure="Give rows to validate on and valid_every, or set patience to 0.",
+        )
     return base, data, config
 
 
@@ -55,6 +62,17 @@ def row_check(base: BaseModel) -> Callable[[Example], None]:
             )
 
     return check
+
+
+def require_targets(batches: Sequence[Batch], step: int) -> None:
+    """Raise DataError if a step's rows, which it names, have no supervised target at all."""
+    if not any(batch.weight for batch in batches):
+        places = [place for batch in batches for place in batch.places]
+        raise DataError(
+            f"step {step} has no supervised target",
+            where=", ".join(places),
+            cure="Of the tokens after a row's first, loss_mask must name at least one.",
+        )
 
 
 def require_finite(

@@ -22,7 +22,7 @@ from workbench.tuning.gradients import clip_by_global_norm
 from workbench.tuning.losses import LossFunction, with_measures
 from workbench.tuning.objectives import terms_of
 from workbench.tuning.ranks import ALONE, Ranks
-from workbench.tuning.refusals import require_finite
+from workbench.tuning.refusals import require_finite, require_targets
 from workbench.tuning.reporting import make_report
 from workbench.tuning.terms import CROSS_ENTROPY, Term
 
@@ -38,9 +38,11 @@ def make_update(trainer: Trainer) -> StepReport:
     Raises:
         TrainingError: loss or gradients are not finite, or the optimizer failed; weights and
             optimizer state are those before the update.
+        DataError: none of the step's rows has a supervised target.
     """
     started, step, config = time.perf_counter(), trainer.steps_done, trainer.config
     batches = trainer.feed.batches(step)
+    require_targets(batches, step + 1)
     weight, terms = sum(batch.weight for batch in batches), terms_of(trainer)
     seed, again = step_seed(config.seed, step, trainer.ranks.rank), config.grad_checkpoint
     total, gradients, extras = differentiate(
