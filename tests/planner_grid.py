@@ -9,8 +9,9 @@ import contextlib
 import dataclasses
 import gc
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,13 +25,20 @@ from workbench.data.examples import Example
 from workbench.models.loading import BaseModel, load_model
 from workbench.probes.planner import plan_memory
 from workbench.probes.planning.machine import Machine
+from workbench.probes.planning.parameters import MODES
 from workbench.probes.planning.plan import MemoryPlan
-from workbench.tuning.config import TrainConfig
+from workbench.tuning import update
+from workbench.tuning.config import OPTIMIZERS, TrainConfig
 from workbench.tuning.lora import LoRAConfig, add_lora, remove_lora
 from workbench.tuning.trainer import Trainer
 
 REAL = "smollm2-135m"
-TRAINING = ("grad_accum_steps", "grad_checkpoint", "fused_loss")  # settings of TrainConfig
+TRAINING = (
+    "grad_accum_steps",
+    "grad_checkpoint",
+    "fused_loss",
+    "optimizer",
+)  # settings of TrainConfig
 STEPS = 2  # the optimizer's state is there from the second step on
 CLOSE, TRIALS = 1.05, 4  # a peak further below the plan than this is measured again
 MACHINE = Machine("a CPU", 10**12)
@@ -150,6 +158,11 @@ LARGE = (  # a minute
     Case(REAL, rows=2, length=160, settings={"supervised": 0.5}),
     Case(REAL, rows=2, length=32, settings={"mode": "head"}),
 )
+OPTIMIZED = tuple(  # few tokens, so that the update is what counts
+    Case("toy", rows=2, length=16, settings={"mode": mode, "optimizer": name})
+    for mode in MODES
+    for name in OPTIMIZERS
+)
 
 
 def planner_grid(small: bool = True, base: BaseModel | None = None) -> pd.DataFrame:
@@ -167,7 +180,7 @@ def planner_grid(small: bool = True, base: BaseModel | None = None) -> pd.DataFr
     for case in SMALL if small else SMALL + LARGE:
         subject = base if case.model == REAL else toy_subject(case.model)
         planned = planned_for(case, subject).peak_bytes
-        measured = highest_peak(case, subject, planned)
+        measured, _ = highest_peaks(case, subject, (planned, 0))
         rows.append((str(case), planned / MEGA, measured / MEGA, planned / measured - 1))
         del subject
     return pd.DataFrame(rows, columns=["configuration", "planned_mb", "measured_mb", "error"])
@@ -196,23 +209,44 @@ def planned_for(case: Case, base: BaseModel) -> MemoryPlan:
     )
 
 
-def highest_peak(case: Case, base: BaseModel, planned: int) -> int:
-    """The highest of up to four peaks; another one only where they are well below the plan.
+def optimizer_grid(cases: Sequence[Case]) -> pd.DataFrame:
+    """Toys with several optimizers: the whole peak, and that of clipping and update alone.
+
+    Returns:
+        One row a configuration: configuration, whole_error, update_error (of the measured).
+    """
+    rows = []
+    for case in cases:
+        subject = toy_subject(case.model)
+        plan = planned_for(case, subject)
+        planned = plan.peak_bytes, plan.phases["update"].total_bytes
+        measured = highest_peaks(case, subject, planned)
+        rows.append((str(case), *(p / m - 1 for p, m in zip(planned, measured))))
+    return pd.DataFrame(rows, columns=["configuration", "whole_error", "update_error"])
+
+
+def highest_peaks(case: Case, base: BaseModel, planned: tuple[int, int]) -> tuple[int, int]:
+    """The highest of up to four peaks; others only where they are well below the plan.
 
     The plan is of the fullest moment that can be. How full it gets depends on how far MLX's main
     thread happens to be ahead of the thread that computes: the same two steps differ by 15 %.
     """
-    peak = measure_peak(case, base)
+    peaks = measure_peaks(case, base)
     for _ in range(TRIALS - 1):
-        if planned <= CLOSE * peak:
+        if all(plan <= CLOSE * peak for plan, peak in zip(planned, peaks)):
             break
-        peak = max(peak, measure_peak(case, base))
-    return peak
+        whole, update_alone = map(max, peaks, measure_peaks(case, base))
+        peaks = whole, update_alone
+    return peaks
 
 
-def measure_peak(case: Case, base: BaseModel) -> int:
-    """Largest number of bytes in arrays over two updates, without what others hold."""
-    with _prepared(case, base):
+def measure_peaks(case: Case, base: BaseModel) -> tuple[int, int]:
+    """Largest number of bytes in arrays over two updates, without what others hold.
+
+    Returns:
+        That of everything, and that of the last clipping and update alone.
+    """
+    with _prepared(case, base), _parted_at_clipping() as peaks:
         settings = {name: case.settings[name] for name in TRAINING if name in case.settings}
         config = TrainConfig(steps=STEPS, micro_batch_size=case.rows, **settings)
         data = Dataset(
@@ -222,8 +256,22 @@ def measure_peak(case: Case, base: BaseModel) -> int:
         mx.clear_cache()
         own = sum(array.nbytes for _, array in tree_flatten(base.model.parameters()))
         others = mx.get_active_memory() - own
-        *_, last = Trainer(base, data, config)
-        return last.peak_bytes - others
+        *_, last = (report.peak_bytes for report in Trainer(base, data, config))
+        return max(*peaks, last) - others, last - others
+
+
+@contextlib.contextmanager
+def _parted_at_clipping() -> Iterator[list[int]]:
+    """Count peaks from each clipping on; yields a list that takes in those before."""
+    clip, peaks = update.clip_by_global_norm, []
+
+    def parted(*args: object) -> tuple[dict, mx.array]:
+        peaks.append(mx.get_peak_memory())
+        mx.reset_peak_memory()
+        return clip(*args)
+
+    with mock.patch.object(update, "clip_by_global_norm", parted):
+        yield peaks
 
 
 def _examples(case: Case, base: BaseModel, count: int) -> list[Example]:

@@ -33,6 +33,7 @@ def plan_memory(
     grad_accum_steps: int = 1,  # micro-batches a step
     grad_checkpoint: bool = False,  # keep each layer's input only, and compute the layer again
     fused_loss: bool | None = None,  # logits of some positions at a time; None: where possible
+    optimizer: str = "adamw",  # or adam, sgd, lion, adafactor, muon, as in TrainConfig
     dtype: mx.Dtype | str | None = None,  # of the base; None for load_model's on that machine
     bits: int | None = None,  # of a quantised base; None for the file's on a GPU, plain on a CPU
     machine: Machine | None = None,  # None for this one
@@ -55,7 +56,7 @@ def plan_memory(
         bits = model.file_bits
     rows = {"micro_batch_size": micro_batch_size, "length": length, "supervised": supervised}
     how = {"grad_accum_steps": grad_accum_steps, "grad_checkpoint": grad_checkpoint}
-    what = {"mode": mode, "bits": bits, "fused_loss": fused_loss}
+    what = {"mode": mode, "bits": bits, "fused_loss": fused_loss, "optimizer": optimizer}
     request = make_request(model, lora, dtype, machine, **rows, **how, **what)
     if cache_limit_bytes is None:
         cache_limit_bytes = machine.cache_limit_bytes(request.parameters().large_trainable_bytes)

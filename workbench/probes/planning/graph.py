@@ -266,3 +266,13 @@ class Graph:
                 made.temporary += x.size * x.itemsize
                 made.queued += 1
         return self._made(made)
+
+    def add_product(self, c: ShapeArray, a: ShapeArray, b: ShapeArray) -> ShapeArray:
+        """c (n, m) + a (n, k) · b (k, m), computed in c if it lies row by row (mx.addmm)."""
+        product = self.matmul(a, b)
+        product.op, product.inputs = "AddMM", (*product.inputs, c)
+        if c.row_contiguous:
+            product.donors = (c,)
+        else:
+            product.queued += 1
+        return product

@@ -11,6 +11,7 @@ from workbench.probes.planning.dimensions import Model
 from workbench.probes.planning.graph import Graph
 
 WEIGHTS, ADAPTER = "weights", "adapter"
+TABLE = "embed_tokens"
 LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 MODES = ("lora", "head", "full")
 
@@ -50,7 +51,7 @@ class Parameters:
         self.held = {WEIGHTS: 0, ADAPTER: 0}
         matrix = (config.vocab_size, config.hidden_size)
         tied, head = config.tie_word_embeddings, self.mode != "lora"
-        self.top["embed_tokens"] = self._weight(
+        self.top[TABLE] = self._weight(
             matrix, self.mode == "full" or (tied and self.mode == "head"), quantised=True
         )
         for layer in range(config.num_hidden_layers):
@@ -61,9 +62,17 @@ class Parameters:
 
     @property
     def trainable(self) -> list[ShapeArray]:
-        """Arrays that receive a gradient."""
-        groups = [self.top, *self.layers]
+        """Arrays that receive a gradient, in the order of the network's modules."""
+        after = {name: array for name, array in self.top.items() if name != TABLE}
+        groups = [{TABLE: self.top[TABLE]}, *self.layers, after]
         return [array for group in groups for array in group.values() if array.trains]
+
+    def gradient(self, array: ShapeArray) -> ShapeArray:
+        """A trainable array's gradient, as it lies: by columns for W in a product with Wᵀ."""
+        made = self._graph.held(array.shape, array.itemsize, "")
+        if len(array.shape) == 2 and array.label == WEIGHTS and array is not self.top[TABLE]:
+            made.strides = (1, array.shape[0])
+        return made
 
     @property
     def base_weights(self) -> list[ShapeArray]:

@@ -16,6 +16,7 @@ from workbench.probes.planning.arrays import FLOAT32
 from workbench.probes.planning.dimensions import Model
 from workbench.probes.planning.machine import Machine
 from workbench.probes.planning.network import Network, Work
+from workbench.probes.planning.optimizers import OPTIMIZERS, state_bytes
 from workbench.probes.planning.parameters import MODES, Adapted, Parameters
 from workbench.probes.planning.schedule import Moment
 from workbench.probes.planning.steps import (
@@ -57,6 +58,7 @@ class Request:
     grad_accum_steps: int
     grad_checkpoint: bool
     fused_loss: bool | None
+    optimizer: str
     dtype: str  # of the base weights
     bits: int | None  # of quantised base weights
     gpu: bool
@@ -71,6 +73,9 @@ class Request:
             raise ConfigError(f"supervised must be a share in (0, 1], got {self.supervised!r}")
         if self.mode not in MODES:
             raise ConfigError(f"unknown mode {self.mode!r}", cure=f"Use one of {MODES}.")
+        if self.optimizer not in OPTIMIZERS:
+            what = f"unknown optimizer {self.optimizer!r}"
+            raise ConfigError(what, cure=f"Use one of {OPTIMIZERS}.")
         if self.dtype not in WIDTHS:
             raise ConfigError(
                 f"unknown dtype {self.dtype!r}", cure=f"Use one of {', '.join(WIDTHS)}."
@@ -114,6 +119,7 @@ class Request:
         layers = f" on the last {self.num_layers} of the layers" if some else ""
         width = f"{self.bits} bit" if self.bits else self.dtype
         again = ", checkpointed" if self.grad_checkpoint else ""
+        again += f", {self.optimizer}" if self.optimizer != OPTIMIZERS[0] else ""
         whole = self.model.parted and not self.fuses_loss
         again += ", logits not in chunks" if whole else ""
         rows = f"{self.micro_batch_size} × {self.length} tokens"
@@ -229,7 +235,7 @@ def held_bytes(request: Request) -> Mapping[str, int]:
 @functools.lru_cache(maxsize=512)
 def _held(request: Request) -> Mapping[str, int]:
     parameters = request.parameters()
-    return {**parameters.held, OPTIMIZER: 2 * parameters.trainable_bytes}
+    return {**parameters.held, OPTIMIZER: state_bytes(request.optimizer, parameters)}
 
 
 @functools.lru_cache(maxsize=512)
@@ -239,7 +245,7 @@ def _whatever_the_batch(request: Request) -> tuple[Moment, Moment]:
     load = load_moment(parameters, WIDTHS.get(request.model.file_dtype or "", 2))
     held = {**held_bytes(request), GRADIENTS: parameters.trainable_bytes}
     limit = UPDATE_NUMBERS["gpu" if request.gpu else "cpu"]
-    return load, update_moment(parameters, held, limit)
+    return load, update_moment(parameters, request.optimizer, held, limit)
 
 
 def _any_batch(request: Request) -> Request:

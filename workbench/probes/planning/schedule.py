@@ -91,8 +91,14 @@ class _Buffer:
 class _Walk:
     """Follows an evaluation, operation by operation."""
 
-    def __init__(self, outputs: Sequence[ShapeArray], held: Mapping[str, int], ahead: int):
-        self.kept = {id(array) for array in outputs}
+    def __init__(
+        self,
+        outputs: Sequence[ShapeArray],
+        held: Mapping[str, int],
+        ahead: int,
+        kept: Sequence[ShapeArray],
+    ):
+        self.kept = {id(array) for array in (*outputs, *kept)}
         self.uses = _uses(outputs)
         self.parts = collections.Counter(held)
         self.total, self.ahead = sum(held.values()), ahead
@@ -184,7 +190,10 @@ class _Walk:
 
 
 def fullest_moment(
-    outputs: Sequence[ShapeArray], held: Mapping[str, int], ahead: int = TASKS_AHEAD
+    outputs: Sequence[ShapeArray],
+    held: Mapping[str, int],
+    ahead: int = TASKS_AHEAD,
+    kept: Sequence[ShapeArray] = (),
 ) -> Moment:
     """Walk through the evaluation of `outputs` on top of what is held all the time.
 
@@ -192,8 +201,9 @@ def fullest_moment(
         outputs: what is evaluated; it stays in memory.
         held: bytes by part that are there before and after.
         ahead: tasks that may wait while the main thread goes on allocating.
+        kept: what else stays in memory, since Python has a name for it.
     """
-    walk = _Walk(outputs, held, ahead)
+    walk = _Walk(outputs, held, ahead, kept)
     for array in evaluation_order(outputs):
         walk.step(array)
     return walk.peak
