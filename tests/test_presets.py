@@ -35,6 +35,13 @@ def test_it_fits_the_machine_that_it_was_made_for_and_no_small_one():
     assert 16 * GB < large.peak_bytes < 36.7 * GB  # 8 billion numbers of 16 bits; its start
 
 
+def test_the_plan_is_of_the_presets_optimizer():
+    machine = wb.Machine("a Mac with 192 GB", 192 * GB, gpu=True)
+    train = dataclasses.replace(EARLIER.train, optimizer="lion")
+    lion = dataclasses.replace(EARLIER, train=train).plan(machine)
+    assert 2 * lion.parts["optimizer"] == EARLIER.plan(machine).parts["optimizer"]
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_fetched(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     huge = dataclasses.replace(

@@ -63,6 +63,7 @@ class Preset:
             grad_accum_steps=self.train.grad_accum_steps,
             grad_checkpoint=self.train.grad_checkpoint,
             length=self.max_length,
+            optimizer=self.train.optimizer,
             bits=given_settings(quantise)["bits"] if asked else None,
             machine=machine,
         )
