@@ -147,3 +147,14 @@ def check_kind(name: str, value: object, kind: type | tuple[type, ...], cure: st
         kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         got = type(value).__name__
         raise ConfigError(f"{name} must be a {kinds}, got {got}", cure=cure)
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text that UTF-8 can hold: half of a surrogate pair it cannot."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from workbench.data.rows import can_be_encoded, text_of
+from workbench.data.rows import text_of
 from workbench.data.special_tokens import special_tokens
-from workbench.errors import DataError
+from workbench.errors import DataError, is_text
 from workbench.models.tokenizers import is_failure
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -90,7 +90,7 @@ def render_chat(
     except Exception as error:  # the template is a program of the model's authors
         reason = repr(str(error)[:300])[1:-1]
         raise DataError(f"the chat template refuses it ({reason})", where=where) from None
-    if not can_be_encoded(text):
+    if not is_text(text):
         raise DataError("the chat holds half of a surrogate pair", where=where)
     return text
 

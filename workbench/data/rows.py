@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from workbench.errors import DataError
+from workbench.errors import DataError, is_text
 from workbench.models.regular_files import open_regular, parse_json
 
 MAX_LINE_BYTES = 16_000_000  # a row of a million tokens has four
@@ -73,7 +73,7 @@ def text_of(row: Mapping[str, object], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise DataError(f"{key!r} must be a string, got {type(value).__name__}", where=where)
-    if not can_be_encoded(value):
+    if not is_text(value):
         raise DataError(f"{key!r} holds half of a surrogate pair", where=where)
     return value
 
@@ -119,12 +119,3 @@ def shown(value: object) -> str:
     """A number for a message, anything else by its type."""
     short = isinstance(value, float) or (is_number(value) and abs(value) < 10**15)
     return repr(value) if short else type(value).__name__
-
-
-def can_be_encoded(text: str) -> bool:
-    """Whether UTF-8 can hold the text: half of a surrogate pair it cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from workbench.data.chats import refusing
 from workbench.data.datasets import Dataset
 from workbench.data.examples import Example
-from workbench.data.rows import can_be_encoded
 from workbench.data.text_tokenizers import blocks
-from workbench.errors import ConfigError, DataError, check_number, check_whole
+from workbench.errors import ConfigError, DataError, check_number, check_whole, is_text
 from workbench.models.regular_files import check_regular, open_regular
 
 MIN_TEXT_BYTES = 1_000  # fewer teach nothing
@@ -118,7 +117,7 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, where: str = "tex
 
 
 def _check_text(text: object, where: str) -> None:
-    if not isinstance(text, str) or not text or not can_be_encoded(text):
+    if not text or not is_text(text):
         raise DataError("must be a text with characters that UTF-8 can hold", where=where)
 
 

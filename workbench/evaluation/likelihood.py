@@ -13,8 +13,7 @@ import numpy as np
 from workbench.data import chats, texts
 from workbench.data.batches import Batch, collate
 from workbench.data.examples import Example
-from workbench.data.rows import can_be_encoded
-from workbench.errors import DataError, EvaluationError, check_whole
+from workbench.errors import DataError, EvaluationError, check_whole, is_text
 from workbench.evaluation.generation import check_ids, evaluating, room
 from workbench.evaluation.prompts import Prompt, messages_of
 from workbench.models.loading import BaseModel, embedding_rows, require_base
@@ -90,7 +89,7 @@ def encode_pair(base: BaseModel, prompt: Prompt, continuation: str, where: str =
     Raises:
         DataError: there is nothing to score, or the template or the tokenizer refuses it.
     """
-    if not isinstance(continuation, str) or not can_be_encoded(continuation):
+    if not is_text(continuation):
         raise DataError("the continuation must be a text that UTF-8 can hold", where=where)
     if isinstance(prompt, str) and not base.tokenizer.chat_template:
         start = prompt.rstrip()

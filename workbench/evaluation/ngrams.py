@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from workbench.data.rows import can_be_encoded
-from workbench.errors import ConfigError, DataError, check_whole
+from workbench.errors import ConfigError, DataError, check_whole, is_text
 
 MAX_ORDER = 40  # bytes of an n-gram
 MAX_TEXT_BYTES = 8_000_000  # counting takes some hundred bytes of memory a byte
@@ -105,7 +104,7 @@ def _check_order(name: str, order: int) -> None:
 
 
 def _as_bytes(text: str | bytes) -> np.ndarray:
-    if isinstance(text, str) and can_be_encoded(text):
+    if is_text(text):
         text = text.encode()
     if not isinstance(text, bytes) or not text:
         raise DataError("must be a text that UTF-8 can hold, and not empty")

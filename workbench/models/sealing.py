@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from workbench.errors import ConfigError, FileFormatError
+from workbench.errors import ConfigError, FileFormatError, is_text
 from workbench.models.safetensors_header import read_metadata
 
 SEAL = "sha256"
@@ -24,7 +24,7 @@ def sealed(tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None) 
     """
     metadata = {} if metadata is None else metadata
     words = [*metadata, *metadata.values()] if isinstance(metadata, Mapping) else [None]
-    if not all(isinstance(word, str) and _can_be_encoded(word) for word in words):
+    if not all(is_text(word) for word in words):
         raise ConfigError("metadata must be texts by name", cure='Such as {"run": "capitals-001"}.')
     if taken := sorted(set(metadata) & set(OURS)):
         raise ConfigError(f"metadata {taken[0]!r} is written by save_weights itself")
@@ -56,11 +56,3 @@ def digest_of(tensors: Mapping[str, mx.array]) -> str:
             # MLX hands out no bfloat16, but the bytes of any type.
             content.update(memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8)))
     return content.hexdigest()
-
-
-def _can_be_encoded(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
