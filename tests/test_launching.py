@@ -200,6 +200,27 @@ def test_no_rank_outlives_its_supervisor(number, tmp_path):
         assert (tmp_path / "forever-1.pickle").exists()
 
 
+SIGNS = """
+import os, sys, time
+from pathlib import Path
+from workbench.runs import beats
+import psutil
+file = beats.follow_launcher(0)
+file.write(beats.WAITING)
+if hasattr(psutil._psplatform, "boot_time"):  # what psutil adds to the ticks of a process
+    started = psutil._psplatform.boot_time()
+    psutil._psplatform.boot_time = lambda: started + 3600
+time.sleep(4 * beats.POLL_SECONDS)
+file.write(beats.WORKING)
+"""
+
+
+def test_a_clock_that_is_set_ends_no_rank(tmp_path, monkeypatch):
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + 3600)  # the supervisor's, not the rank's
+    run_ranks(lambda rank: [sys.executable, "-c", SIGNS], 1, tmp_path, Limits(1800, 1800))
+
+
 def options_of(*words: object):
     parser = ArgumentParser()
     launch.add_arguments(parser)

@@ -19,7 +19,7 @@ import psutil
 LAUNCH_VARIABLE = "WORKBENCH_LAUNCH"  # "pid:folder" of the supervisor
 # Joins the others; computes; waits for the others; found them gone, or elsewhere in the program.
 CALLING, WORKING, WAITING, LOST = range(4)
-RECORD = struct.Struct("<qqd")  # pid, state, time in seconds since 1970
+RECORD = struct.Struct("<qqd")  # pid, state, seconds of the monotonic clock
 POLL_SECONDS = 0.5
 
 
@@ -29,7 +29,7 @@ class Beat:
 
     pid: int  # of the process that joined: a kernel's, where a notebook runs
     state: int  # CALLING, WORKING, WAITING or LOST
-    since: float  # seconds since 1970
+    since: float  # seconds of the clock that all processes share and nobody sets
 
 
 class BeatFile:
@@ -46,7 +46,7 @@ class BeatFile:
 
     def write(self, state: int) -> None:
         """Say what this rank does from now on."""
-        os.pwrite(self._handle, RECORD.pack(os.getpid(), state, time.time()), 0)
+        os.pwrite(self._handle, RECORD.pack(os.getpid(), state, time.monotonic()), 0)
 
 
 def read_beat(folder: Path, rank: int) -> Beat | None:
@@ -65,24 +65,23 @@ def follow_launcher(rank: int) -> BeatFile | None:
     if not (pid.isdigit() and Path(folder).is_dir()):
         return None
     try:
-        started = psutil.Process(int(pid)).create_time()
+        launcher = psutil.Process(int(pid))
     except psutil.Error:
         os._exit(1)  # gone before we came
-    watch = threading.Thread(target=_watch, args=(int(pid), started, Path(folder)), daemon=True)
-    watch.start()
+    threading.Thread(target=_watch, args=(launcher, Path(folder)), daemon=True).start()
     return BeatFile(Path(folder), rank)
 
 
-def _watch(pid: int, started: float, folder: Path) -> None:
-    while _lives(pid, started) and folder.is_dir():
+def _watch(launcher: psutil.Process, folder: Path) -> None:
+    while _lives(launcher) and folder.is_dir():
         time.sleep(POLL_SECONDS)
     os._exit(1)  # the main thread may wait for a peer that never answers
 
 
-def _lives(pid: int, started: float) -> bool:
+def _lives(process: psutil.Process) -> bool:
+    # Its time of creation says nothing: it moves whenever the system's clock is set.
     with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 

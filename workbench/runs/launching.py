@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -57,7 +57,8 @@ class _Rank:
     process: subprocess.Popen
     log: Path
     beat: Beat | None = None
-    ended_at: float | None = field(default=None)  # seconds since 1970
+    joined: psutil.Process | None = None  # that gave it: a kernel, where a notebook runs
+    ended_at: float | None = None  # seconds of the monotonic clock
 
 
 def run_ranks(
@@ -134,13 +135,13 @@ def _start(number: int, command: Sequence[str], logs: Path, environment: dict[st
 
 def _watch(ranks: Sequence[_Rank], private: Path, limits: Limits) -> None:
     """Return when all have ended well; raise RankError as soon as one has not."""
-    started = time.time()
+    started = time.monotonic()
     while True:
         running = _look(ranks, private)
         if not running:
             return
         absent = [rank for rank in running if rank.beat is None or rank.beat.state == CALLING]
-        if limits.start_timeout and time.time() - started > limits.start_timeout and absent:
+        if limits.start_timeout and time.monotonic() - started > limits.start_timeout and absent:
             raise _not_formed(ranks, limits)
         _require_progress(ranks, limits)
         time.sleep(POLL_SECONDS)
@@ -163,9 +164,17 @@ def _running(ranks: Sequence[_Rank], private: Path) -> list[_Rank]:
     """Those that still run; reads the signs of life of all."""
     for rank in ranks:
         if rank.process.poll() is not None:
-            rank.ended_at = rank.ended_at or time.time()
-        rank.beat = read_beat(private, rank.number) or rank.beat
+            rank.ended_at = rank.ended_at or time.monotonic()
+        _read_sign(rank, private)
     return [rank for rank in ranks if rank.process.returncode is None]
+
+
+def _read_sign(rank: _Rank, private: Path) -> None:
+    """Take in a rank's last sign of life."""
+    rank.beat = read_beat(private, rank.number) or rank.beat
+    if rank.beat and (rank.joined is None or rank.joined.pid != rank.beat.pid):
+        with contextlib.suppress(psutil.Error):
+            rank.joined = psutil.Process(rank.beat.pid)
 
 
 def _cause(ranks: Sequence[_Rank]) -> _Rank | None:
@@ -216,7 +225,7 @@ def _not_formed(ranks: Sequence[_Rank], limits: Limits) -> RankError:
 
 def _require_progress(ranks: Sequence[_Rank], limits: Limits) -> None:
     """Raise RankError if one waits too long for the others."""
-    now = time.time()
+    now = time.monotonic()
     waiting = [rank for rank in ranks if rank.beat and rank.beat.state == WAITING]
     waiting = [rank for rank in waiting if rank.ended_at is None]
     gone = [rank for rank in ranks if rank.ended_at is not None]
@@ -258,8 +267,8 @@ def _ask_to_stop(ranks: Sequence[_Rank], private: Path) -> None:
         beat = ranks[0].beat
         with contextlib.suppress(OSError):
             os.kill(beat.pid if beat else ranks[0].process.pid, signal.SIGINT)
-        until = time.time() + LEAVE_SECONDS
-        while (running := _running(ranks, private)) and time.time() < until:
+        until = time.monotonic() + LEAVE_SECONDS
+        while (running := _running(ranks, private)) and time.monotonic() < until:
             if len(running) < len(ranks):  # the first has ended, by now the others know
                 until = min(until, min(rank.ended_at or until for rank in ranks) + LONELY_SECONDS)
             time.sleep(POLL_SECONDS)
@@ -282,12 +291,10 @@ def _end(ranks: Sequence[_Rank], private: Path) -> None:
 
 def _family(rank: _Rank, private: Path) -> Iterator[psutil.Process]:
     """A rank's process, what it started, and the kernel that joined, if it was left behind."""
-    beat = read_beat(private, rank.number) or rank.beat
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(rank.process.pid)
-        if rank.process.poll() is None:
-            yield process
+    _read_sign(rank, private)
+    if rank.process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            yield (process := psutil.Process(rank.process.pid))
             yield from process.children(recursive=True)
-    with contextlib.suppress(psutil.Error):
-        if beat and (joined := psutil.Process(beat.pid)).create_time() <= beat.since:
-            yield joined
+    if rank.joined:
+        yield rank.joined
