@@ -228,18 +228,19 @@ def test_ticks_of_norms_are_few_and_inside(low, factor):
 
 def test_tick_labels_are_short_and_right():
     shown = {0: "0", 0.25: "0.25", 7.5: "7.5", 500: "500", 15_000: "15k", 2e6: "2M", 3e-4: "3e-4"}
+    shown |= {2.5e9: "2.5G", 12e9: "12G", 1e33: "1e33"}
     assert {value: short_label(value, 0) for value in shown} == shown
-    assert all(len(short_label(10.0**power, 0)) <= 5 for power in range(-12, 9))
+    assert all(len(short_label(10.0**power, 0)) <= 5 for power in range(-12, 40))
 
 
 def test_tick_labels_lose_nothing():
-    for power in range(-9, 8):
+    for power in range(-9, 20):
         for step in (1, 2, 5):
             for count in range(1, 7):
                 value = step * count * 10.0**power
-                factor = {"k": 1e3, "M": 1e6}
+                factor = {"k": 1e3, "M": 1e6, "G": 1e9}
                 shown = short_label(value, 0)
-                number = float(shown.rstrip("kM")) * factor.get(shown[-1], 1.0)
+                number = float(shown.rstrip("kMG")) * factor.get(shown[-1], 1.0)
                 assert number == pytest.approx(value)
 
 

@@ -64,6 +64,7 @@ def drawn(monkeypatch):
         found["lines"] = {line.get_label(): line.get_xydata() for line in axes.lines}
         found["texts"] = {text.get_text(): text.get_position() for text in axes.texts}
         found["axes"] = (axes.get_xlabel(), axes.get_ylabel())
+        found["limits"] = axes.get_ylim()
         found["ticks"] = [
             [t.get_text() for t in a.get_ticklabels()] for a in (axes.xaxis, axes.yaxis)
         ]
@@ -97,6 +98,25 @@ def test_other_curves_and_labels(table, drawn):
     assert drawn["title"] == "Tokens per second of 2 runs"
     draw_runs(table.head(1), labels=[])
     assert list(drawn["lines"]) == ["rank-16-0.0001"]
+
+
+def test_a_run_that_went_astray_does_not_press_the_others_flat(tmp_path, drawn):
+    for number in range(4):
+        losses = [3 * 0.9**step + 0.1 + number / 10 for step in range(30)]
+        losses = [10.0**step for step in range(30)] if number == 3 else losses
+        reports = [toy_report(step, loss) for step, loss in enumerate(losses, 1)]
+        write_jsonl(toy_run(tmp_path / f"{number}", 0) / "metrics.jsonl", map(vars, reports))
+    table = runs(tmp_path)
+    draw_runs(table)
+    assert drawn["limits"][1] < 5
+    assert len(drawn["lines"]) == 4
+    assert drawn["title"].endswith("; 1 beyond the picture")
+    draw_runs(table.tail(2))
+    assert drawn["limits"][1] < 5
+    for part in (table.head(3), table.tail(1)):
+        draw_runs(part)
+        assert "beyond" not in drawn["title"]
+    assert drawn["limits"][1] > 1e28, "alone it is drawn whole"
 
 
 def test_no_curve_is_lost_where_labels_are_cut(tmp_path, drawn):

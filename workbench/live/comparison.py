@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 import matplotlib
@@ -41,6 +42,8 @@ COLORS = (BLUE, ORANGE, GREEN, VIOLET, YELLOW, RED)
 SHADES = "viridis"  # of more curves than colours, from the highest end to the lowest
 DARKEST, LIGHTEST = 0.25, 0.9  # of those shades: both ends must read on both grounds
 MAX_CURVES, MAX_CELLS, MAX_LABELS = 48, 30, 4
+FAR = 20  # times the top of the usual curve
+MARGIN = 0.05  # of an axis that is cut, as matplotlib has it
 LABEL, OWN = 60, 12  # characters; of them for a run's own name, at least
 CURVES = {  # y → column of a run's history, and what its axis says
     "loss": ("smooth loss", "loss, smoothed (nats)"),
@@ -59,6 +62,8 @@ def draw_runs(
     table: pd.DataFrame, y: str = "loss", labels: str | Sequence[str] | None = None
 ) -> bytes:
     """Curves of runs over their steps, as PNG bytes; runs without such numbers are left out.
+
+    One that rises 20 times as high as usual leaves the picture, so that the others can be seen.
 
     Args:
         table: of `wb.runs`, or rows of it, at most 48; or the folder that the runs are in.
@@ -94,11 +99,23 @@ def _draw_curves(axes: Axes, drawn: dict[str, tuple[np.ndarray, np.ndarray]], y:
     name_axes(axes, "step (optimizer updates)", CURVES[y][1])
     axes.grid(alpha=0.25, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+    curves = [values for _, values in drawn.values()]
+    if any(astray := _astray(curves)):
+        near = [values for values, far in zip(curves, astray) if not far]
+        low, high = min(each.min() for each in near), max(each.max() for each in near)
+        axes.set_ylim(low - MARGIN * (high - low), high + MARGIN * (high - low))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(short_label))
     plain(axes)
     columns = 1 if len(drawn) <= MAX_CURVES // 2 else 2
     add_legend(axes, loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=8.5, ncols=columns)
+
+
+def _astray(curves: Sequence[np.ndarray]) -> list[bool]:
+    """Which curves rise so far above the others that these could not be told apart beside them."""
+    tops = [values.max() for values in curves]
+    usual = statistics.median_low(tops)
+    return [usual > 0 and top > FAR * usual for top in tops]
 
 
 def _names(table: pd.DataFrame, labels: str | Sequence[str] | None) -> list[str]:
@@ -171,6 +188,8 @@ def _colors(count: int) -> list[object]:
 def _finding(drawn: dict[str, tuple[np.ndarray, np.ndarray]], y: str, missing: int) -> str:
     ends = {name: values[-1] for name, (_, values) in drawn.items()}
     left_out = f" ({missing} without any left out)" if missing else ""
+    if beyond := sum(_astray([values for _, values in drawn.values()])):
+        left_out += f"; {beyond} beyond the picture"
     if "loss" not in y or len(drawn) == 1:
         return f"{short_name(y).capitalize()} of {len(drawn)} runs{left_out}"
     best = min(ends, key=ends.get)

@@ -54,7 +54,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def short_label(value: float, place: int) -> str:
-    """A tick in few characters, for `FuncFormatter`: 0.25, 500, 15k, 2M, 3e-4."""
+    """A tick in few characters, for `FuncFormatter`: 0.25, 500, 15k, 2M, 3G, 5e15, 3e-4."""
+    if abs(value) >= 1e9:
+        giga = f"{value / 1e9:.3g}G"
+        return giga if abs(value) < 1e12 else f"{value:.3g}".replace("e+", "e")
     if abs(value) >= 1e6:
         return f"{value / 1e6:.3g}M"
     if abs(value) >= 1e4:
