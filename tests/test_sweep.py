@@ -322,3 +322,15 @@ def test_the_live_table_shows_texts_as_they_are(notebook, tmp_path):
     assert "&lt;script&gt;" in page
     for text in ("failed", "3/4", "width:75%", "0.2500", "1 runs of train.ipynb: 1 failed · 1:01"):
         assert text in page
+
+
+def test_no_column_of_the_table_hides_a_parameter_or_a_result(tmp_path):
+    notebook = write_notebook(tmp_path / "x.ipynb", "seconds = 1\nloss = 'ce'\nstate = 'CA'")
+    quick, given = Quick(), {"seconds": 60, "loss": "dpo", "state": "NY"}
+    for _ in Sweep(notebook, [given], tmp_path / "out", executor=quick):
+        pass
+    (quick.jobs[0].folder / "results.json").write_text('{"error": 0.25, "seconds": 7}')
+    row = read_sweep(tmp_path / "out").table.iloc[0]
+    assert [row[f"parameters.{name}"] for name in given] == [60, "dpo", "NY"]
+    assert (row["state"], row["seconds"], row["error"]) == ("finished", 3.0, "")
+    assert (row["result.error"], row["result.seconds"]) == (0.25, 7)

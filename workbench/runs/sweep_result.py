@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from workbench.errors import RunError
+from workbench.runs.records import PARAMETER, RESULT
 from workbench.runs.store import JOB_NAME
 from workbench.runs.sweep_runs import (
     CANCELLED,
@@ -44,7 +45,8 @@ class SweepResult:
     def table(self) -> pd.DataFrame:
         """One row a run: parameters, how it went, the last loss, and what the notebook recorded.
 
-        A recorded name that is taken already gets the prefix `result.`.
+        A parameter that is called like a column of the rest, such as `seconds`, gets the prefix
+        `parameters.`, and a recorded name that is taken already `result.`.
         """
         return pd.DataFrame([_row(run) for run in self.runs])
 
@@ -80,8 +82,7 @@ def _order(run: SweepRun) -> list[tuple[bool, object]]:
 
 
 def _row(run: SweepRun) -> dict[str, object]:
-    row = dict(run.parameters)
-    row |= {
+    how = {
         "state": run.state,
         "attempts": run.attempts,
         "seconds": round(run.result.seconds, 2),
@@ -89,6 +90,13 @@ def _row(run: SweepRun) -> dict[str, object]:
         "peak_bytes": run.result.peak_bytes,
         "loss": run.progress.get("loss"),
     }
+    last = {"error": run.result.error, "folder": run.folder.name}
+    taken = how.keys() | last.keys()
+    row = {
+        f"{PARAMETER}{name}" if name in taken else name: value
+        for name, value in run.parameters.items()
+    }
+    row |= how
     for name, value in run.results.items():
-        row[f"result.{name}" if name in row else name] = value
-    return row | {"error": run.result.error, "folder": run.folder.name}
+        row[f"{RESULT}{name}" if name in row or name in last else name] = value
+    return row | last
