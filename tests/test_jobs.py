@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import os
@@ -18,7 +19,9 @@ from tests.faults.processes import forked
 from tests.small_notebooks import processes_of, write_notebook
 from workbench.errors import RunError
 from workbench.runs import jobs, lock
+from workbench.runs.execution import WHOLE_OUTPUT
 from workbench.runs.jobs import Job, run_job
+from workbench.runs.notebooks import run_notebook
 from workbench.runs.store import JOB_FOLDER
 
 SLEEP = "import pathlib, time\npathlib.Path(run_dir, 'begun').touch()\ntime.sleep(300)"
@@ -60,6 +63,49 @@ def test_a_job_runs_in_the_notebooks_folder_with_its_parameters_and_threads(tmp_
     assert text in (job.folder / "log.txt").read_text()
     left = {path.relative_to(job.folder).as_posix() for path in job.folder.rglob("*")}
     assert left == {"notebook.ipynb", "log.txt", JOB_FOLDER, f"{JOB_FOLDER}/{lock.LOCK_NAME}"}
+
+
+FLOOD = "for number in range({lines}):\n    print(number, flush=True)"
+
+
+def test_nothing_that_a_kernel_sends_is_lost_while_nobody_reads():
+    lines = 15_000  # of which ZeroMQ would keep some thousand
+
+    async def printed() -> str:
+        manager = WHOLE_OUTPUT["kernel_manager_class"](kernel_name="python3")
+        await manager.start_kernel()
+        client, text = manager.client(), ""
+        try:
+            client.start_channels()
+            await client.wait_for_ready(SECONDS)
+            own = client.execute(FLOOD.format(lines=lines))
+            while (await client.get_shell_msg(timeout=SECONDS))["parent_header"]["msg_id"] != own:
+                pass
+            while True:
+                message = await client.get_iopub_msg(timeout=SECONDS)
+                if message["parent_header"].get("msg_id") == own:
+                    text += message["content"].get("text", "")
+                    if message["content"].get("execution_state") == "idle":
+                        return text
+        finally:
+            client.stop_channels()
+            await manager.shutdown_kernel(now=True)
+
+    assert asyncio.run(printed()).split() == [str(number) for number in range(lines)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("run", ["job", "notebook"])
+def test_a_cell_may_print_faster_than_it_is_read(run, tmp_path):
+    lines = 12_000
+    notebook = write_notebook(tmp_path / "fast.ipynb", "n = 1", FLOOD.format(lines=lines))
+    if run == "job":
+        assert run_job(Job(notebook, {}, tmp_path / "run")).error == ""
+        executed = tmp_path / "run/notebook.ipynb"
+    else:
+        executed = run_notebook(notebook, tmp_path / "out.ipynb", quiet=True)
+    (printed,) = nbformat.read(executed, as_version=4).cells[-1].outputs
+    assert printed.text.split() == [str(number) for number in range(lines)]
 
 
 def test_a_failing_cell_and_a_dying_kernel_are_told_apart(tmp_path):

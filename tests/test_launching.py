@@ -239,7 +239,9 @@ assert steps < 9, "too many"
 
 
 def write_notebook(path) -> None:
-    parameters = nbformat.v4.new_code_cell("steps = 1", metadata={"tags": ["parameters"]})
+    parameters = nbformat.v4.new_code_cell(
+        "steps = 1\nverbose = False", metadata={"tags": ["parameters"]}
+    )
     cells = [parameters, nbformat.v4.new_code_cell(NOTEBOOK.format(root=str(ROOT)))]
     kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
@@ -302,6 +304,7 @@ def test_a_yaml_of_mlx_lm_trains_and_rank_0_saves(tmp_path, capsys):
         (["here.py", "--port", 0], "port must be"),
         (["here.py", "-n", 100_000], "cannot be used"),
         (["here.ipynb", "-p", "steppes", 1], "'steppes' is not a parameter.*It has steps"),
+        (["here.ipynb", "-p", "verbose", "false"], "'false' would be a text, which is true"),
     ],
 )
 def test_a_wrong_command_is_refused(words, problem, tmp_path, monkeypatch, capsys):

@@ -198,6 +198,15 @@ def test_what_is_no_parameter_is_refused_before_anything_runs(notebook, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_text_that_means_false_is_not_taken_for_true(tmp_path):
+    cell = "flag: bool = True  # a switch\nname = 'on'"
+    notebook = write_notebook(tmp_path / "flags.ipynb", cell)
+    for text in ("false", "True", "no"):
+        with pytest.raises(ConfigError, match=rf"flag is True there, and '{text}' would be a text"):
+            Sweep(notebook, {"name": ["false"], "flag": [False, text]}, tmp_path / "out")
+    Sweep(notebook, {"flag": [True, False, None, "auto", 0], "name": ["off"]}, tmp_path / "out")
+
+
 def test_notebooks_that_cannot_be_swept_are_refused(notebook, tmp_path):
     untagged = write_notebook(tmp_path / "untagged.ipynb", "a = 1", "a", tag="other")
     with pytest.raises(ConfigError, match=r"has no parameters.*Tag the cell"):

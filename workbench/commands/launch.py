@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from workbench.errors import ConfigError, RankError, check_whole
+from workbench.runs.grids import value_of
 from workbench.runs.hosts import find_ports
 from workbench.runs.launching import Limits, run_ranks
 from workbench.runs.store import new_run
@@ -87,9 +88,9 @@ def _check(options: argparse.Namespace, kind: str | None) -> None:
         raise ConfigError("arguments are for a script", where=options.job)
     check_whole("num_ranks", options.ranks, 1)
     if kind == "notebook":
-        from workbench.runs.notebooks import check_names  # papermill takes seconds to load
+        from workbench.runs.notebooks import check_parameters  # papermill takes seconds to load
 
-        check_names(options.job, [name for name, _ in options.p])
+        check_parameters(options.job, [(name, value_of(text)) for name, text in options.p])
 
 
 def _command(options: argparse.Namespace, kind: str, out: Path) -> Callable[[int], list[str]]:

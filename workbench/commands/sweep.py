@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grid",
         nargs=2,
         metavar=("NAME", "VALUES"),
-        help="a parameter and its values, parted by commas: -g rank 2,4,8",
+        help="a parameter and its values, parted by commas: -g rank 2,4,8; numbers, True, False, "
+        "None, [lists] and {dicts} as in Python, anything else is a text",
         **many,
     )
     ends = {"nargs": 3, "metavar": ("NAME", "LOW", "HIGH"), **many}

@@ -4,7 +4,6 @@ It reads `job.json` and `source.ipynb` there, writes `notebook.ipynb`, and its o
 the pipe that it gets as its argument. It imports nothing of the workbench, which would load MLX.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import contextlib
@@ -16,18 +15,55 @@ import threading
 import time
 from pathlib import Path
 
-# jsonschema can do without it, and it takes two seconds to compile its grammar
-sys.modules.setdefault("rfc3987_syntax", None)
+if __name__ == "__main__":
+    # jsonschema can do without it, and it takes two seconds to compile its grammar
+    sys.modules.setdefault("rfc3987_syntax", None)
 
 import nbformat
 import papermill
 import psutil
+import zmq.asyncio
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError, strip_color
+from traitlets import Type
 
 OUT_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 MAX_ERROR, MAX_TRACEBACK = 500, 8000  # characters; all must fit into a pipe that nobody reads yet
 OUTPUT = "notebook.ipynb"
+OUTPUT_SECONDS = 3600  # for what a cell has printed to be read after its end
+
+
+# In IPython's kernel: its socket of outputs holds what the other end has not taken yet.
+HOLD_ALL = (
+    "(lambda thread: thread.schedule(lambda: "
+    "thread.socket.setsockopt(__import__('zmq').SNDHWM, 0)))(get_ipython().kernel.iopub_thread)"
+)
+
+
+class _Client(AsyncKernelClient):
+    """Has a kernel keep what it sends, and keeps itself what was not read yet."""
+
+    def _context_default(self) -> zmq.asyncio.Context:
+        self._created_context = True  # which is closed with the client
+        context = zmq.asyncio.Context()
+        context.setsockopt(zmq.RCVHWM, 0)
+        return context
+
+    async def wait_for_ready(self, timeout: float | None = None) -> None:
+        await super().wait_for_ready(timeout)
+        if self.parent.ipykernel:
+            self.execute(HOLD_ALL, silent=True, store_history=False)
+
+
+class _Manager(AsyncKernelManager):
+    client_factory = Type(_Client)
+
+
+# Of a cell that prints faster than its output is read, ZeroMQ drops messages, also the one that
+# says that the cell is done; and nbclient waits for that four seconds, then fails the notebook.
+WHOLE_OUTPUT = {"kernel_manager_class": _Manager, "iopub_timeout": OUTPUT_SECONDS}
 
 
 class Printed:
@@ -66,6 +102,7 @@ def _execute(job: dict[str, object], output: Path) -> dict[str, object]:
             cwd=job["cwd"],
             progress_bar=False,
             autosave_cell_every=0,
+            **WHOLE_OUTPUT,
             stdout_file=Printed(),
             stderr_file=Printed(),
         )

@@ -19,7 +19,11 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 
 from workbench.errors import ConfigError, RunError
+from workbench.runs.execution import WHOLE_OUTPUT
 from workbench.runs.grids import value_of
+
+TRUTH_VALUES = ("True", "False")
+MEANT_AS_THEM = {"true", "false", "yes", "no", "on", "off"}  # and are all true, as texts
 
 
 def run_notebook(
@@ -41,11 +45,11 @@ def run_notebook(
         quiet: show no bar.
 
     Raises:
-        ConfigError: a parameter that the notebook does not have.
+        ConfigError: as `check_parameters` does.
         RunError: a cell failed; names the cell and the error.
     """
     source, target, parameters = Path(source), Path(target), dict(parameters or {})
-    check_names(source, parameters)
+    check_parameters(source, parameters.items())
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as folder:
         executed = Path(folder) / target.name
@@ -73,39 +77,55 @@ def _execute(
         parameters,
         cwd=source.parent,
         progress_bar=bar,
+        **WHOLE_OUTPUT,
         extra_arguments=["--log-level=ERROR"],  # the kernel's: it warns of TCP on this machine
         stdout_file=sys.stdout if echo else None,
         stderr_file=sys.stderr if echo else None,
     )
 
 
-def check_names(source: Path, names: Iterable[str]) -> set[str]:
-    """Check that a notebook has parameters of these names; returns the names of all it has.
+def check_parameters(source: Path, given: Iterable[tuple[str, object]]) -> set[str]:
+    """Check that a notebook has such parameters; returns the names of all it has.
+
+    Args:
+        source: the notebook.
+        given: names and the values that they shall get.
 
     Raises:
-        ConfigError: a name is not among those of its parameters cell, or it has no such cell.
+        ConfigError: a name is not among those of its parameters cell, or it has no such cell; or
+            a text such as "false" is for one that is True or False.
         RunError: there is no such notebook, or the file is none.
     """
-    if not source.is_file():
-        raise RunError("no such notebook", where=source)
-    try:
-        notebook = nbformat.read(source, as_version=4)
-        known = papermill.inspect_notebook(notebook)
-    except Exception as error:  # nbformat and papermill raise what they meet in a damaged file
-        raise RunError(f"is not a notebook ({str(error)[:200]})", where=source) from None
-    for name in names:
+    known = _parameters_of(source)
+    for name, value in given:
         if not known:
             raise ConfigError(
                 f"has no parameters, so that {name!r} cannot be set",
                 where=source,
-                cure="Tag the cell that sets them `parameters`.",
+                cure="Tag the cell that sets them `parameters`; it sets each on a line of its own.",
             )
         # papermill writes the name into the notebook as code.
         if not name.isidentifier() or keyword.iskeyword(name) or name not in known:
             raise ConfigError(
                 f"{name!r} is not a parameter", where=source, cure=f"It has {', '.join(known)}."
             )
+        meant = isinstance(value, str) and value.strip().lower() in MEANT_AS_THEM
+        if meant and known[name] in TRUTH_VALUES:
+            what = f"{name} is {known[name]} there, and {value!r} would be a text, which is true"
+            raise ConfigError(what, where=source, cure="Write True or False.")
     return set(known)
+
+
+def _parameters_of(source: Path) -> dict[str, str]:
+    """Names of a notebook's parameters, and what its cell sets them to, as code."""
+    if not source.is_file():
+        raise RunError("no such notebook", where=source)
+    try:
+        notebook = nbformat.read(source, as_version=4)
+        found = papermill.inspect_notebook(notebook)
+    except Exception as error:  # nbformat and papermill raise what they meet in a damaged file
+        raise RunError(f"is not a notebook ({str(error)[:200]})", where=source) from None
+    return {name: parameter["default"] for name, parameter in found.items()}
 
 
 def _without_traces(path: Path) -> None:

@@ -60,8 +60,9 @@ class Sweep:
         allow_changes: keep runs that another version of the notebook finished.
 
     Raises:
-        ConfigError: a name that is no parameter, nothing to run, the same run twice, a run that
-            does not fit into memory, or runs of another version of the notebook.
+        ConfigError: parameters that the notebook does not have (see `check_parameters`), nothing
+            to run, the same run twice, a run that does not fit into memory, or runs of another
+            version of the notebook.
         RunError: no such notebook, or the root cannot be used, or another process sweeps there.
     """
 
@@ -214,15 +215,14 @@ class Sweep:
 
 
 def _parameters_of(notebook: Path, chosen: list[dict[str, object]]) -> set[str]:
-    """Names of the notebook's parameters, among them all that are chosen."""
-    from workbench.runs.notebooks import check_names  # papermill takes seconds to load
+    """Names of the notebook's parameters, which can be all that is chosen."""
+    from workbench.runs.notebooks import check_parameters  # papermill takes seconds to load
 
-    names = {name: None for run in chosen for name in run}
-    if RUN_DIR in names:
+    if any(RUN_DIR in run for run in chosen):
         raise ConfigError(
             f"{RUN_DIR!r} is the run's folder, which the sweep chooses", cure="Choose the root."
         )
-    return check_names(notebook, names)
+    return check_parameters(notebook, [pair for run in chosen for pair in run.items()])
 
 
 def _digest(notebook: Path) -> str:
