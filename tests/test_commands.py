@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 import workbench.commands
 from tests.toy_runs import toy_run
 from workbench.__main__ import COMMANDS, main
-from workbench.errors import RunError
+from workbench.errors import IndexWarning, RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(Path(workbench.commands.__file__).parent.glob("[!_]*.py"))
@@ -93,6 +94,14 @@ def test_a_users_error_is_one_line(command, capsys):
     shown = capsys.readouterr()
     assert shown.err == "tried: here: is no \\x1b[31m run. Give another.\n"
     assert shown.out == ""
+
+
+def test_a_warning_is_one_line_without_our_source(command, capsys):
+    command(lambda options: warnings.warn("the index is\nlocked", IndexWarning, stacklevel=2) or 0)
+    before = warnings.showwarning
+    assert main(["tried"]) == 0
+    assert capsys.readouterr().err == "tried: the index is locked\n"
+    assert warnings.showwarning is before
 
 
 def test_an_error_of_ours_is_not_hidden(command):

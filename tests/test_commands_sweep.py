@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 
 from tests.small_notebooks import write_notebook
-from tests.test_sweep import Quick
+from tests.test_sweep import FINISHED, Quick
 from tests.test_sweep_engines import options_of
 from workbench.commands import sweep as command
 from workbench.errors import ConfigError
@@ -46,6 +48,16 @@ def test_a_range_of_logarithms_is_drawn_alone(swept):
 def test_a_list_is_read(swept, tmp_path):
     (tmp_path / "list.json").write_text(json.dumps({"runs": [{"a": 1}, {"b": 2}]}))
     assert swept("--list list.json") == [{"a": 1}, {"b": 2}]
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, capsys):
+    notebook = write_notebook(tmp_path / "x.ipynb", "a = 1")
+    options = options_of(f"{notebook} --root {tmp_path / 'out'} -g a 1,2,3")
+    options.executor = Quick(lambda job: os.kill(os.getpid(), signal.SIGINT) or FINISHED)
+    with pytest.raises(KeyboardInterrupt):
+        command.run(options)
+    assert capsys.readouterr().err == "stopped: the same command goes on with what is left\n"
+    assert options.executor.cancelled.is_set()
 
 
 @pytest.mark.parametrize(

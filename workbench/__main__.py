@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from workbench.errors import WorkbenchError
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         the exit status: the command's own; 2 after an error that the user can cure, which is
-        then one line on stderr; 130 after Ctrl-C.
+        then one line on stderr, as warnings are; 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", "") == "strict":  # "?" for what the terminal cannot show
@@ -45,17 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {close[0]}?" if close else ""
         _parser().error(f"no command {visible(name)!r}{hint}")
     try:
-        status = _run(name, rest)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _say(name, message)
+            status = _run(name, rest)
         sys.stdout.flush()
         return status
     except WorkbenchError as error:
-        sys.stderr.write(f"{name}: {' '.join(visible(str(error)).split())}\n")
+        _say(name, error)
         return ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough; at exit Python would flush once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+
+
+def _say(name: str, what: Exception) -> None:
+    """One line on stderr, in which nothing acts on the terminal."""
+    sys.stderr.write(f"{name}: {' '.join(visible(str(what)).split())}\n")
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from pathlib import Path
 
@@ -69,10 +70,14 @@ def run(options: argparse.Namespace) -> int:
     )
     done = sum(run.state == FINISHED for run in sweep.runs)
     print(f"{len(sweep.runs)} runs in {sweep.root}, {done} finished before", flush=True)
-    with contextlib.closing(iter(sweep)) as events:
-        for event in events:
-            if event is not None:
-                print(_line(event), flush=True)
+    try:
+        with contextlib.closing(iter(sweep)) as events:
+            for event in events:
+                if event is not None:
+                    print(_line(event), flush=True)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on with what is left", file=sys.stderr)
+        raise
     print(f"compared in {write_summary(sweep.root)}")
     return 1 if sweep.failures else 0
 
