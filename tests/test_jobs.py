@@ -108,6 +108,17 @@ def test_a_cell_may_print_faster_than_it_is_read(run, tmp_path):
     assert printed.text.split() == [str(number) for number in range(lines)]
 
 
+def test_a_kernel_is_reached_without_ports_and_leaves_no_socket(tmp_path):
+    """Of two kernels that start at once, one may find a free port taken that it was promised."""
+    cell = "from ipykernel.connect import get_connection_info as info\nprint(info())"
+    notebook = write_notebook(tmp_path / "reached.ipynb", "n = 1", cell)
+    assert run_job(Job(notebook, {}, tmp_path / "run")).error == ""
+    (printed,) = nbformat.read(tmp_path / "run/notebook.ipynb", as_version=4).cells[-1].outputs
+    reached = json.loads(printed.text)
+    assert reached["transport"] == "ipc"
+    assert not Path(reached["ip"]).parent.exists()
+
+
 def test_a_failing_cell_and_a_dying_kernel_are_told_apart(tmp_path):
     cells = "import os\nos._exit(3) if dies else 1 / 0"
     notebook = write_notebook(tmp_path / "bad.ipynb", "dies = False", cells)

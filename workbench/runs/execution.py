@@ -10,9 +10,12 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import sys
+import tempfile
 import threading
 import time
+import weakref
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -33,6 +36,7 @@ OUT_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 MAX_ERROR, MAX_TRACEBACK = 500, 8000  # characters; all must fit into a pipe that nobody reads yet
 OUTPUT = "notebook.ipynb"
 OUTPUT_SECONDS = 3600  # for what a cell has printed to be read after its end
+LONGEST_FOLDER = 80  # bytes: macOS takes 103 for the name of a socket
 
 
 # In IPython's kernel: its socket of outputs holds what the other end has not taken yet.
@@ -58,7 +62,20 @@ class _Client(AsyncKernelClient):
 
 
 class _Manager(AsyncKernelManager):
+    """Reaches its kernel by sockets that are files of a folder of their own.
+
+    Jupyter's default are TCP ports that are free when it looks: of two kernels that start at the
+    same time, one may find its port taken, and dies.
+    """
+
     client_factory = Type(_Client)
+
+    def __init__(self, **given: object):
+        super().__init__(**given)
+        folder = tempfile.mkdtemp(prefix="kernel-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        if len(os.fsencode(folder)) <= LONGEST_FOLDER:
+            self.transport, self.ip = "ipc", f"{folder}/socket"
 
 
 # Of a cell that prints faster than its output is read, ZeroMQ drops messages, also the one that
