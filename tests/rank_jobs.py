@@ -215,9 +215,27 @@ def paused_job(ranks: Ranks, folder: Path) -> dict:
     return {"left": (trainer.steps_done < STEPS, trainer.stop_reason)}
 
 
+def late_job(ranks: Ranks, folder: Path) -> dict:
+    """Ctrl-C comes when the ranks have just told each other how a step ended."""
+    trainer = trainer_of(ranks)
+
+    def gather(point: str, value: object) -> list[object]:
+        said = Ranks.gather(ranks, point, value)
+        if ranks.rank == 1 and point == "the end of step 2":
+            signal.raise_signal(signal.SIGINT)
+        return said
+
+    ranks.gather = gather
+    try:
+        said = raised(lambda: list(trainer))
+    finally:
+        del ranks.gather
+    return {"said": said, "left": (trainer.steps_done, trainer.stop_reason)}
+
+
 def all_job(ranks: Ranks, folder: Path) -> dict:
     """Everything that does not end the process, for one start."""
-    jobs = (equal_job, resumed_job, faults_job, paused_job)
+    jobs = (equal_job, resumed_job, faults_job, paused_job, late_job)
     return {job.__name__: job(ranks, folder) for job in jobs}
 
 

@@ -37,6 +37,23 @@ def test_without_an_interrupt_nothing_is_raised_and_it_can_be_used_again():
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def interrupted_inside(deferred, log):
+    with deferred:
+        with deferred:
+            signal.raise_signal(signal.SIGINT)
+        log.append(deferred.requested)
+        with deferred:
+            log.append(deferred.requested)
+
+
+def test_a_block_within_a_block_is_part_of_it():
+    log, handler = [], signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_inside(DeferredInterrupt(), log)
+    assert log == [True, True]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
 def test_an_error_inside_the_block_comes_through_and_the_handler_is_restored():
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(RuntimeError, match="mine"):

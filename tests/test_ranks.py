@@ -143,6 +143,12 @@ def test_a_fault_of_one_rank_is_told_by_all(two, rows_folder):
     ]
 
 
+def test_ctrl_c_that_came_too_late_for_a_step_ends_all_after_the_next(two):
+    first, second = (rank["late_job"] for rank in two)
+    assert first["left"] == second["left"] == (3, "rank 1: interrupted")
+    assert (first["said"], second["said"]) == ("", "KeyboardInterrupt: ")
+
+
 def test_a_stop_in_a_paused_panel_ends_all_ranks(two):
     assert {rank["paused_job"]["left"] for rank in two} == {(True, "stopped by request")}
 

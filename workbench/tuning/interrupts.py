@@ -15,9 +15,8 @@ class DeferredInterrupt:
     """Hold back Ctrl-C (SIGINT) and SIGTERM inside a `with` block.
 
     The first takes effect when the block is done: KeyboardInterrupt, or for SIGTERM what the
-    process did with it before. A second one takes effect at once. In a block within a block, a
-    signal that came in either takes effect when the inner one is done. Python handles signals on
-    the main thread only; elsewhere the block runs unprotected.
+    process did with it before. A second one takes effect at once. A block within a block is part
+    of it. Python handles signals on the main thread only; elsewhere the block runs unprotected.
     """
 
     def __init__(self):
@@ -39,6 +38,7 @@ class DeferredInterrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             self._restore()
+            self._waiting = None
             _raise(number)
         self._waiting = number
 
@@ -49,9 +49,10 @@ class DeferredInterrupt:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._depth -= 1
+        if self._depth:
+            return
+        self._restore()
         waiting, self._waiting = self._waiting, None
-        if waiting is not None or not self._depth:
-            self._restore()
         if waiting is not None and kind is None:
             _raise(waiting)
 

@@ -184,7 +184,7 @@ class Trainer:
         """
         self.stop_reason = self.stop_wish = ""
         held = contextlib.nullcontext() if self.ranks.alone else self._interrupt
-        try:  # Ctrl-C between two steps waits for the next: all ranks end after the same
+        try:  # Ctrl-C waits until a step has told it: all ranks end after the same
             with orderly_exit(), cache_limit(self.cache_limit_bytes), held:
                 yield
         finally:
